@@ -13,8 +13,8 @@ PACKAGE = "lnl_bench"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 NOTEBOOK_TOOLS = ("jupyterlab", "papermill", "plotly", "ipywidgets", "anywidget", "umap", "nbdev", "execnb",
                   "fastcore", "IPython")  # fmt: skip
-# PIL comes with torchvision, scipy with scikit-learn.
-BASE = ("torch", "torchvision", "numpy", "pandas", "sklearn", "PIL", "scipy")
+# PIL comes with torchvision, scipy with scikit-learn, filelock with torch.
+BASE = ("torch", "torchvision", "numpy", "pandas", "sklearn", "PIL", "scipy", "filelock")
 
 # What a layer may import besides itself. Modules outside folders (cli, __main__) stand on top of all.
 LAYERS = {

@@ -18,7 +18,7 @@ RATES = (0.0, 0.1, 0.2, 0.4, 0.45, 0.5, 0.8, 0.9, 1.0)
 SIMPLE = {"symmetric": ln.symmetric, "symmetric-excl": ln.symmetric_excl, "pair-flip": ln.pair_flip,
           "asymmetric-block": ln.asymmetric_block,
           "asymmetric": lambda *a: ln.asymmetric(*a, dataset="cifar10")}
-# The coarse label of each fine class as CIFAR-100's own files give it; independent of the names in the library.
+# The coarse label of each fine class as CIFAR-100's own files give it, apart from the names in the library.
 COARSE = [4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11,
           6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5,
           5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17,
@@ -184,7 +184,8 @@ def test_labels_that_are_no_classes_are_refused():
     ("matrix", "accepted: matrix:FILE"), ("", "accepted: none"), ("0.4", "accepted: none")])
 def test_bad_specs_are_refused_with_what_is_accepted(spec, text):
     with pytest.raises(BadInput) as refusal: ln.parse_spec(spec)
-    assert text in str(refusal.value) and (spec.split(":")[0] in str(refusal.value) or "rate" in str(refusal.value))
+    message = str(refusal.value)
+    assert text in message and (spec.split(":")[0] in message or "noise rate" in message)
 
 
 def test_every_alias_leads_to_a_kind():

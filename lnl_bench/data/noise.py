@@ -523,10 +523,9 @@ def _noise(
     **identity,  # kind, spec, convention, nominal, seed, dataset
 ) -> Noise:
     "A `Noise` with the realised rate, matrix and hash worked out."
-    known = true is not None
-    identity |= dict(num_classes=num_classes, size=len(given),
-                     realised=(given != true).double().mean().item() if known else None,
-                     matrix=transition_matrix(true, given, num_classes).tolist() if known else None)
+    matrix = None if true is None else transition_matrix(true, given, num_classes).tolist()
+    realised = None if true is None else (given != true).double().mean().item()
+    identity |= dict(num_classes=num_classes, size=len(given), realised=realised, matrix=matrix)
     return Noise(given, identity | {"hash": noise_hash(given, identity)})
 
 # %% ../../nbs/data/noise.ipynb #cell-108
@@ -572,10 +571,10 @@ def make_noise(
         dataset, images = dataset or source.name, source.images if images is None else images
     given = _labels_of_kind(kind, value, true, num_classes, seed, dataset, images, human_csv, source)
     named = Path(value).name if kind == "matrix" else value  # a folder name is no part of an identity
-    column = f": {value}" if kind == "human" else ""
+    detail = {"human": f": {value}", "asymmetric": f" ({dataset})"}.get(kind, "")
     nominal = _nominal(kind, value, true, num_classes)
     return _noise(given, true, num_classes, kind=kind, spec=kind if value is None else f"{kind}:{named}",
-                  convention=KINDS[kind][1] + column, nominal=nominal, seed=seed, dataset=dataset)
+                  convention=KINDS[kind][1] + detail, nominal=nominal, seed=seed, dataset=dataset)
 
 # %% ../../nbs/data/noise.ipynb #cell-118
 def own_labels(

@@ -50,7 +50,8 @@ def stage_state(stage: Stage) -> dict:
     state = {}
     for name, value in vars(stage).items():
         if name.startswith("_") or isinstance(value, Config): continue
-        if hasattr(value, "state_dict"): state[name] = value.state_dict()
+        if isinstance(value, torch.nn.Module): state[name] = {"weights": value.state_dict(), "training": [m.training for m in value.modules()]}
+        elif hasattr(value, "state_dict"): state[name] = value.state_dict()
         elif _plain(value): state[name] = value
         else: raise TypeError(f"{type(stage).__name__}.{name} is a {type(value).__name__}, which a checkpoint cannot hold; "
                               "give it a state_dict, or a name with a leading underscore if start() rebuilds it.")
@@ -64,7 +65,10 @@ def load_stage_state(stage: Stage, state: dict) -> None:
     if missing: raise BadInput(f"the checkpoint of stage {stage.name!r} lacks {', '.join(sorted(missing))}; it is from another version.")
     for name, value in state.items():
         mine = getattr(stage, name, None)
-        if hasattr(mine, "load_state_dict"): mine.load_state_dict(value)
+        if isinstance(mine, torch.nn.Module):
+            mine.load_state_dict(value["weights"])
+            for module, training in zip(mine.modules(), value["training"], strict=True): module.training = training
+        elif hasattr(mine, "load_state_dict"): mine.load_state_dict(value)
         elif isinstance(mine, torch.Tensor) and mine.shape == value.shape: mine.copy_(value)
         else: setattr(stage, name, value)
 

@@ -80,7 +80,7 @@ def load_checkpoint(run: Run) -> dict | None:
     if not path.exists(): return None
     try: return torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as e:
-        raise BadInput(f"{path} is no readable checkpoint ({str(e).splitlines()[0]}); remove the run directory to start again.") from None
+        raise BadInput(f"{path} is no readable checkpoint ({type(e).__name__}); remove the run directory to start again.") from None
 
 # %% ../../nbs/engine/train.ipynb #cell-17
 class Stopped(Exception):

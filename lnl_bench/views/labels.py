@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPAIR_MARKS', 'agreement', 'label_accuracy_figure', 'corrected_labels', 'per_class', 'per_class_figure',
-           'confusion_counts', 'confusion_figure', 'repairs', 'repair_figure']
+           'confusion_counts', 'compact', 'confusion_figure', 'repairs', 'repair_figure']
 
 # %% ../../nbs/views/labels.ipynb #cell-2
 import csv
@@ -136,7 +136,14 @@ def confusion_counts(
     "(C, C) int: how many samples have this row's and this column's label."
     return np.bincount(rows * num_classes + columns, minlength=num_classes**2).reshape(num_classes, num_classes)
 
-# %% ../../nbs/views/labels.ipynb #cell-27
+# %% ../../nbs/views/labels.ipynb #cell-28
+def compact(
+    counts: np.ndarray,  # whole numbers, none negative
+) -> np.ndarray:
+    "The same numbers in the smallest unsigned type that holds them."
+    return counts.astype(np.min_scalar_type(int(counts.max())))
+
+# %% ../../nbs/views/labels.ipynb #cell-30
 def confusion_figure(run: Run) -> go.Figure:
     "Given labels by corrected labels, in samples, as a heat map. Raises `BadInput` where the run has no corrected labels yet."
     given, true, names = read_labels(run)
@@ -144,16 +151,16 @@ def confusion_figure(run: Run) -> go.Figure:
     counts = confusion_counts(given, corrected, len(names))
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     heat = matrix_heatmap(shares, names, [[f"{v:,}" for v in row] for row in counts], scale="share of the given label")
-    heat.update(customdata=counts.astype(np.int32), hovertemplate="%{y} → %{x}: %{customdata:,} samples, %{z:.2%}<extra></extra>")
+    heat.update(customdata=compact(counts), hovertemplate="%{y} → %{x}: %{customdata:,} samples, %{z:.2%}<extra></extra>")
     note = f"{(given != corrected).sum():,} of {len(given):,} labels were changed."
     if true is None: note += " True labels are not known: a change may be right or wrong."
     else:
         right = confusion_counts(given[corrected == true], corrected[corrected == true], len(names))
-        heat.update(customdata=np.stack([counts, right], axis=-1).astype(np.int32),
+        heat.update(customdata=compact(np.stack([counts, right], axis=-1)),
                     hovertemplate="%{y} → %{x}: %{customdata[0]:,} samples, of which %{customdata[1]:,} are right now<extra></extra>")
     return layout(class_axes(go.Figure(heat)), f"Given → corrected labels ({origin})", "corrected class", "given class", note=note, height=640)
 
-# %% ../../nbs/views/labels.ipynb #cell-30
+# %% ../../nbs/views/labels.ipynb #cell-33
 def repairs(
     given: np.ndarray,  # (n,) before
     corrected: np.ndarray,  # (n,) after
@@ -165,7 +172,7 @@ def repairs(
     if true is None: return counts
     return counts | {"repaired": int((changed & (corrected == true)).sum()), "broken": int((changed & (given == true)).sum())}
 
-# %% ../../nbs/views/labels.ipynb #cell-33
+# %% ../../nbs/views/labels.ipynb #cell-36
 REPAIR_MARKS = {"changed": (COLOURS["text"], "circle-open"), "repaired": (COLOURS["clean"], "diamond"), "broken": (COLOURS["noisy"], "x")}
 
 

@@ -43,7 +43,8 @@ AXIS = dict(gridcolor=COLOURS["grid"], zeroline=False, showline=True, linecolor=
 TEMPLATE = go.layout.Template(layout=dict(
     font=dict(color=COLOURS["text"], size=14, family="Helvetica, Arial, sans-serif"), paper_bgcolor="rgba(0,0,0,0)",
     plot_bgcolor="rgba(0,0,0,0)", colorway=SERIES, xaxis=AXIS, yaxis=AXIS, hoverlabel=dict(namelength=-1),
-    legend=dict(orientation="h", yanchor="top", y=-0.2, x=0), margin=dict(l=70, r=30, t=70, b=60)))
+    legend=dict(orientation="h", yref="container", yanchor="bottom", y=0.01, x=0), margin=dict(l=70, r=30, t=70, b=60),
+    modebar=dict(bgcolor="rgba(0,0,0,0)", color=COLOURS["grid"], activecolor=COLOURS["text"], orientation="v")))
 
 # %% ../../nbs/views/theme.ipynb #cell-13
 def layout(
