@@ -7,7 +7,7 @@ __all__ = ['SIMILAR', 'SUPERCLASSES', 'KINDS', 'ALIASES', 'checked_labels', 'tra
            'symmetric_excl', 'fine_to_coarse', 'superclass_others', 'similar_classes', 'flip_classes', 'asymmetric',
            'block_next', 'asymmetric_block', 'pair_flip', 'checked_matrix', 'read_matrix', 'from_matrix', 'flip_matrix',
            'flip_rates', 'instance_probabilities', 'instance_dependent', 'aliases', 'parse_spec', 'definition',
-           'noise_text', 'noise_hash', 'verify_rate', 'Noise', 'make_noise', 'own_labels']
+           'noise_text', 'noise_hash', 'verify_rate', 'Noise', 'make_noise', 'restricted', 'own_labels']
 
 # %% ../../nbs/data/noise.ipynb #cell-2
 import hashlib
@@ -577,6 +577,18 @@ def make_noise(
                   convention=KINDS[kind][1] + detail, nominal=nominal, seed=seed, dataset=dataset)
 
 # %% ../../nbs/data/noise.ipynb #cell-118
+def restricted(
+    noise: Noise,  # of all samples
+    labels: Tensor,  # (N,) their true labels
+    index: Tensor,  # (n,) which samples to keep
+    dataset: str = "",  # what the part is called
+) -> Noise:
+    "The same noise on some of the samples, with rate, matrix and hash of that part."
+    keep = ("kind", "spec", "convention", "nominal", "seed")
+    identity = {k: noise.identity[k] for k in keep} | {"dataset": dataset or noise.identity["dataset"]}
+    return _noise(noise.labels[index], labels[index], noise.identity["num_classes"], **identity)
+
+# %% ../../nbs/data/noise.ipynb #cell-121
 def own_labels(
     given: Tensor,  # (N,) labels as they came
     num_classes: int,  # C

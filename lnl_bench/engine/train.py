@@ -92,6 +92,7 @@ class Trainer:
     def __init__(self, method: Method, task, run: Run, lab: Lab, progress: str = "auto", poll: Callable | None = None):
         self.method, self.task, self.run, self.lab = method, task, run, lab
         self.stages, self.truth = method.stages(), truth_of(task)
+        self.given = lab.task.given if lab.task.given.ndim == 1 else lab.task.given.argmax(1)
         self.outer_poll, self.polled, self.paused = poll, 0.0, 0.0
         self.stage, self.epoch = self.stages[0], 0
         self.show, lab.poll = progress, self.poll
@@ -140,7 +141,7 @@ def _judge(self: Trainer, arrays: dict) -> dict[str, float]:
     if self.truth is None: return scores
     if "corrected" in arrays: scores["label_accuracy"] = accuracy(arrays["corrected"], self.truth)
     if "p_clean" in arrays:
-        scores["noise_auc"] = noise_detection(arrays["p_clean"], self.lab.task.given == self.truth)["auc"]
+        scores["noise_auc"] = noise_detection(arrays["p_clean"], self.given == self.truth)["auc"]
     return scores
 
 # %% ../../nbs/engine/train.ipynb #cell-25
@@ -219,8 +220,7 @@ def _exported(self: Trainer) -> dict[str, np.ndarray]:
 def _export_labels(self: Trainer, out: dict[str, np.ndarray]) -> None:
     "Write `labels.csv`: index and id in the source, given and corrected label, confidence, clean probability."
     t, names = self.task, np.asarray(self.task.class_names)
-    given = self.lab.task.given.argmax(1) if self.lab.task.given.ndim == 2 else self.lab.task.given
-    table = pd.DataFrame({"index": t.train_index, "id": [t.ids[i] for i in t.train_index.tolist()], "given": names[given],
+    table = pd.DataFrame({"index": t.train_index, "id": [t.ids[i] for i in t.train_index.tolist()], "given": names[self.given],
                           "corrected": names[out["corrected"]], "confidence": out["confidence"], "p_clean": out["p_clean"]})
     write_atomic(self.run.path / "labels.csv", table.to_csv(index=False, float_format="%.6f").encode())
 
@@ -239,7 +239,7 @@ def _summary(self: Trainer, out: dict[str, np.ndarray]) -> dict:
     summary = summarise(tests) if tests else dict.fromkeys(("best", "best_epoch", "last", "last10"))
     summary["selected_by_trusted"] = selected(tests, trusted) if tests and trusted else None
     judged = bool(out) and self.truth is not None
-    given, c = self.lab.task.given, self.lab.num_classes
+    given, c = self.given, self.lab.num_classes
     summary["label_accuracy_before"] = accuracy(given, self.truth) if judged else None
     after = label_accuracy(out["corrected"], self.truth, c) if judged else {"overall": None, "per_class": None}
     summary |= {"label_accuracy_after": after["overall"], "label_accuracy_per_class": after["per_class"]}
@@ -257,7 +257,7 @@ def _describe_task(self: Trainer) -> None:
     write_json(self.run.path / "task.json", {"name": t.name, "class_names": list(t.class_names), "noise": t.noise, "split": t.split,
                                              "history": list(t.history), "n": self.lab.n, "trusted": len(t.trusted_index)})
     known = {} if self.truth is None else {"true": self.truth.numpy()}
-    save_arrays(self.run.path / "samples.npz", {"index": t.train_index.numpy(), "given": self.lab.task.given.numpy(), **known})
+    save_arrays(self.run.path / "samples.npz", {"index": t.train_index.numpy(), "given": self.given.numpy(), **known})
 
 # %% ../../nbs/engine/train.ipynb #cell-40
 def _fit(self: Trainer) -> None:

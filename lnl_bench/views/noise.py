@@ -19,8 +19,8 @@ from ..engine.runs import Run, check_format
 from .theme import COLOURS, layout, printable, read_labels
 
 # %% ../../nbs/views/noise.ipynb #cell-5
-# Light up to 0.45 and dark from 0.55 on, so that the numbers in the cells keep their contrast.
-SCALE = [[0, "#f7fbff"], [0.45, "#9ecae1"], [0.55, "#2171b5"], [1, "#08306b"]]
+# Light below one half and dark from there on, so that the numbers in the cells keep their contrast.
+SCALE = [[0, "#f7fbff"], [0.5, "#9ecae1"], [0.5, "#2171b5"], [1, "#08306b"]]
 
 
 def matrix_heatmap(
@@ -35,26 +35,29 @@ def matrix_heatmap(
     if texts is None: texts = [["0" if v == 0 else f"{v:.2f}" for v in row] for row in shares]
     written = dict(text=texts, texttemplate="%{text}") if len(names) <= 12 else {}
     gap = 1 if len(names) <= 25 else 0
-    return go.Heatmap(z=shares, x=names, y=names, zmin=0, zmax=1, colorscale=SCALE, hovertemplate=hover, xgap=gap, ygap=gap,
+    return go.Heatmap(z=shares, x=names, y=names, zmin=0, zmax=1, colorscale=SCALE, hovertemplate=hover,
+                      xgap=gap, ygap=gap,
                       colorbar=dict(title=dict(text=scale, side="right"), tickformat=".0%"), **written)
 
 # %% ../../nbs/views/noise.ipynb #cell-7
 def class_axes(fig: go.Figure) -> go.Figure:
-    "Both axes hold classes, the first one at the top left, in square cells; names are thinned out where there is no room."
+    "Both axes hold classes, the first at the top left; cells are square; names are thinned to fit."
     fig.update_xaxes(type="category", showgrid=False, constrain="domain")
-    return fig.update_yaxes(type="category", showgrid=False, autorange="reversed", scaleanchor="x", constrain="domain")
+    return fig.update_yaxes(type="category", showgrid=False, autorange="reversed", scaleanchor="x",
+                            constrain="domain")
 
 # %% ../../nbs/views/noise.ipynb #cell-10
 def noise_title(noise: dict) -> str:
     "The convention of a noise, its nominal and its realised rate, as one line."
     rates = [f"{name} {noise[name]:.1%}" for name in ("nominal", "realised") if noise.get(name) is not None]
-    return f"{noise.get('convention') or noise.get('kind') or 'labels as given'}: {', '.join(rates) or 'rate not known'}"
+    convention = noise.get("convention") or noise.get("kind") or "labels as given"
+    return f"{convention}: {', '.join(rates) or 'rate not known'}"
 
 # %% ../../nbs/views/noise.ipynb #cell-12
 def transition_figure(run: Run) -> go.Figure:
-    """The transition matrix that the noise realised on the training images of the source, as a heat map, row = true class.
+    """The transition matrix that the noise realised on the training images, as a heat map, row = true class.
 
-    Where true labels are not known there is none to show; the figure says so and shows how many labels each class was given.
+    Where true labels are not known there is none: the figure says so and shows the count of each label.
     Raises `BadInput` where the run has not described its task yet, or its matrix does not fit its classes."""
     check_format(run)
     task = run.task
@@ -62,7 +65,8 @@ def transition_figure(run: Run) -> go.Figure:
     if noise.get("matrix") is None: return _given_counts(run, noise)
     matrix = np.asarray(noise["matrix"], dtype=np.float32)
     if matrix.shape != (len(names),) * 2:
-        raise BadInput(f"{run.path}/task.json has a matrix of shape {matrix.shape}; accepted: {len(names)} x {len(names)}.")
+        raise BadInput(f"{run.path}/task.json has a matrix of shape {matrix.shape}; "
+                       f"accepted: {len(names)} x {len(names)}.")
     fig = class_axes(go.Figure(matrix_heatmap(matrix, names, scale="share of the true class")))
     note = "Each row: how the samples of one true class were labelled, before any correction."
     return layout(fig, noise_title(noise), "given class", "true class", note=note, height=640)
@@ -72,21 +76,24 @@ def _given_counts(run: Run, noise: dict) -> go.Figure:
     "Bars: how many training samples were given each label; for runs whose true labels are not known."
     given, _, names = read_labels(run)
     counts = np.bincount(given, minlength=len(names)).astype(np.int32)
-    fig = go.Figure(go.Bar(x=names, y=counts, marker_color=COLOURS["noisy"], hovertemplate="%{x}: %{y:,}<extra></extra>"))
+    fig = go.Figure(go.Bar(x=names, y=counts, marker_color=COLOURS["noisy"],
+                           hovertemplate="%{x}: %{y:,}<extra></extra>"))
     fig.update_xaxes(type="category")
-    note = "True labels are not known, so there is no transition matrix to show; these are the labels as given."
+    note = "True labels are not known, so there is no transition matrix; these are the labels as given."
     return layout(fig, noise_title(noise), "given class", "training samples", note=note)
 
 # %% ../../nbs/views/noise.ipynb #cell-17
 def png(
     pixels: np.ndarray,  # (H, W, 4) uint8: red, green, blue, opacity
 ) -> bytes:
-    "A picture as a PNG file (RFC 2083): the header, the rows with filter 0, compressed, and the end, each with its checksum."
+    "A picture as a PNG file (RFC 2083): header, compressed rows with filter 0, end, each with its checksum."
     height, width = pixels.shape[:2]
-    def chunk(name, data): return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
-    head = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)) + chunk(b"IEND", b"")
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
+    return b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")
 
 # %% ../../nbs/views/noise.ipynb #cell-19
 def sheet(
@@ -119,9 +126,10 @@ def caption(
 def _checked_images(images, titles) -> np.ndarray:
     "The images as an array; `BadInput` unless they are (k, C, H, W) uint8 with one title each."
     images = np.asarray(images)
-    if images.ndim == 4 and images.dtype == np.uint8 and images.shape[1] in (1, 3) and 0 < len(images) == len(titles): return images
-    raise BadInput(f"images of shape {images.shape} and type {images.dtype} with {len(titles)} titles cannot be shown; "
-                   "accepted: (k, 1 or 3, H, W), uint8, one title each.")
+    pictures = images.ndim == 4 and images.dtype == np.uint8 and images.shape[1] in (1, 3)
+    if pictures and 0 < len(images) == len(titles): return images
+    raise BadInput(f"images of shape {images.shape} and type {images.dtype} with {len(titles)} titles "
+                   "cannot be shown; accepted: (k, 1 or 3, H, W), uint8, one title each.")
 
 # %% ../../nbs/views/noise.ipynb #cell-25
 def _add_captions(fig: go.Figure, titles, size: tuple[int, int], columns: int, gap: int, top: int) -> int:
@@ -130,11 +138,12 @@ def _add_captions(fig: go.Figure, titles, size: tuple[int, int], columns: int, g
     for i, title in enumerate(titles):
         y, x = i // columns * (h + gap + top) + top - 0.5, i % columns * (w + 2 * gap) + gap - 0.5
         text, wrong = caption(title)
-        fig.add_annotation(x=x + w / 2, y=y - h / 40, text=text, showarrow=False, yanchor="bottom", font_size=12,
-                           font_color=COLOURS["noisy" if wrong else "text"])
+        fig.add_annotation(x=x + w / 2, y=y - h / 40, text=text, showarrow=False, yanchor="bottom",
+                           font_size=12, font_color=COLOURS["noisy" if wrong else "text"])
         if not wrong: continue
         count += 1
-        fig.add_shape(type="rect", x0=x, x1=x + w, y0=y, y1=y + h, line=dict(color=COLOURS["noisy"], dash="dash", width=3))
+        fig.add_shape(type="rect", x0=x, x1=x + w, y0=y, y1=y + h,
+                      line=dict(color=COLOURS["noisy"], dash="dash", width=3))
     return count
 
 # %% ../../nbs/views/noise.ipynb #cell-27
@@ -147,14 +156,18 @@ def examples_figure(
     title: str = "Given label → true label",  # of the figure
     columns: int = 8,  # pictures in a row
 ) -> go.Figure:
-    "Pictures in a grid under their labels; where the given label is wrong: a cross, an arrow to the true class, a dashed frame."
+    """Pictures in a grid under their labels; wrong ones with a cross, the true class and a dashed frame.
+
+    Raises `BadInput` for images of another shape or type, or another number of titles."""
     images, columns = _checked_images(images, titles), max(1, min(columns, len(titles)))
     (h, w), gap = images.shape[2:], -(-images.shape[3] // 12)
     top = -(-w * 2 // 5)
     pixels = sheet(images, columns, gap, top)
-    fig = go.Figure(go.Image(source="data:image/png;base64," + base64.b64encode(png(pixels)).decode(), hoverinfo="skip"))
+    encoded = base64.b64encode(png(pixels)).decode()
+    fig = go.Figure(go.Image(source=f"data:image/png;base64,{encoded}", hoverinfo="skip"))
     wrong = _add_captions(fig, titles, (h, w), columns, gap, top)
-    layout(fig, title, note=f"{wrong} of {len(images)} labels are wrong: ✗ and a dashed frame." if wrong else "")
+    note = f"{wrong} of {len(images)} labels are wrong: ✗ and a dashed frame." if wrong else ""
+    layout(fig, title, note=note)
     height = fig.layout.margin.t + 10 + round(TILE * columns * pixels.shape[0] / pixels.shape[1])
     fig.update_layout(margin=dict(l=10, r=10, b=10), height=height, width=max(640, TILE * columns + 20))
     fig.update_xaxes(visible=False, range=[-0.5, pixels.shape[1] - 0.5], constrain="domain")

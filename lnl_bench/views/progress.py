@@ -11,7 +11,16 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..engine.runs import Run
-from .theme import SYMBOLS, layout, mark_stages, named_runs, nothing_yet, percent_axis, run_style, series
+from lnl_bench.views.theme import (
+    SYMBOLS,
+    layout,
+    mark_stages,
+    named_runs,
+    nothing_yet,
+    percent_axis,
+    run_style,
+    series,
+)
 
 # %% ../../nbs/views/progress.ipynb #cell-6
 def rates(
@@ -31,32 +40,37 @@ def best_and_last(table: pd.DataFrame) -> dict[str, int]:
 # %% ../../nbs/views/progress.ipynb #cell-11
 def _add_curve(fig: go.Figure, run: Run, name: str, place: int, table: pd.DataFrame) -> None:
     "One run: its curve, a star at its best and a square at its last epoch."
-    x, y, style, rows = table["epoch"].to_numpy(np.int32), table["value"].to_numpy(np.float32), run_style(place), best_and_last(table)
+    x, y = table["epoch"].to_numpy(np.int32), table["value"].to_numpy(np.float32)
+    style, rows = run_style(place), best_and_last(table)
     more = np.stack([table["stage"], table["stage_epoch"].astype(str), rates(run, table)], axis=1)
     hover = "epoch %{x} (%{customdata[0]} %{customdata[1]}): %{y:.2%}<br>%{customdata[2]} images/s"
     text = f"{name}: best {y[rows['best']]:.2%}, last {y[rows['last']]:.2%}"
-    fig.add_scatter(x=x, y=y, mode="lines", name=text, line=style, customdata=more, hovertemplate=hover, legendgroup=name)
+    fig.add_scatter(x=x, y=y, mode="lines", name=text, line=style, customdata=more, hovertemplate=hover,
+                    legendgroup=name)
     for what, row in rows.items():
         marker = dict(symbol=SYMBOLS[what], size={"best": 15, "last": 9}[what], color=style["color"])
-        fig.add_scatter(x=x[row:row + 1], y=y[row:row + 1], mode="markers", name=f"{name}: {what}", marker=marker, legendgroup=name,
-                        customdata=more[row:row + 1], hovertemplate=hover, showlegend=False)
+        fig.add_scatter(x=x[row:row + 1], y=y[row:row + 1], mode="markers", name=f"{name}: {what}",
+                        marker=marker, legendgroup=name, customdata=more[row:row + 1], hovertemplate=hover,
+                        showlegend=False)
 
 # %% ../../nbs/views/progress.ipynb #cell-13
 def accuracy_figure(
     runs: Run | dict[str, Run],  # one run, or several by the name to print
     stage: str | None = None,  # only this stage
 ) -> go.Figure:
-    """Test accuracy over epochs, a colour a run; a star marks the best epoch, a square the last, and the legend gives both.
+    """Test accuracy over epochs, a colour a run; a star marks the best epoch, a square the last.
 
-    Images per second are under the pointer. Runs without test accuracy so far are named; raises `BadInput` where none has any."""
+    The legend gives both, the text under the pointer the images per second. Runs without test accuracy so far
+    are named; raises `BadInput` if none has any."""
     runs, fig = named_runs(runs), go.Figure()
-    tables = {name: series(run, "test_accuracy", stage).dropna(ignore_index=True) for name, run in runs.items()}
+    tables = {n: series(run, "test_accuracy", stage).dropna(ignore_index=True) for n, run in runs.items()}
     for i, (name, table) in enumerate(tables.items()):
         if len(table): _add_curve(fig, runs[name], name, i, table)
-    if not fig.data: raise nothing_yet(runs, "test_accuracy" if stage is None else f"test_accuracy of stage {stage!r}")
+    if not fig.data: raise nothing_yet(runs, "test_accuracy" + (f" of stage {stage!r}" if stage else ""))
     empty = [name for name, table in tables.items() if table.empty]
     note = "Star: best epoch, chosen on the test set. Square: last epoch."
     if empty: note += f" No test accuracy yet: {', '.join(empty)}."
-    layout(fig, "Test accuracy" if stage is None else f"Test accuracy, stage {stage}", "epoch", "test accuracy (%)", note=note)
+    title = "Test accuracy" if stage is None else f"Test accuracy, stage {stage}"
+    layout(fig, title, "epoch", "test accuracy (%)", note=note)
     if len(runs) == 1 and stage is None: mark_stages(fig, *runs.values())
     return percent_axis(fig).update_layout(showlegend=True)

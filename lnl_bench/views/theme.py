@@ -22,13 +22,14 @@ from ..engine.runs import Run, check_format, load_arrays
 # %% ../../nbs/views/theme.ipynb #cell-5
 COLOURS = {  # by role; Okabe and Ito's palette
     "clean": "#0072B2", "noisy": "#D55E00",  # blue, vermillion
-    "ipc": "#E69F00", "eac": "#CC79A7", "both": "#009E73",  # orange, purple, green: DMLP's two correctors and their agreement
+    "ipc": "#E69F00", "eac": "#CC79A7", "both": "#009E73",  # orange, purple, green: DMLP's two correctors
     "best": "#009E73", "last": "#56B4E9",
     "text": "#767676", "grid": "rgba(128,128,128,0.25)",
 }
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # runs, in order
 DASHES = ("solid", "dash", "dot", "dashdot")  # one more each time the colours are used up
-SYMBOLS = {"best": "star", "last": "square", "clean": "circle", "noisy": "x", "given": "circle-open", "corrected": "diamond"}
+SYMBOLS = {"best": "star", "last": "square", "clean": "circle", "noisy": "x",
+           "given": "circle-open", "corrected": "diamond"}
 
 # %% ../../nbs/views/theme.ipynb #cell-8
 def run_style(
@@ -38,13 +39,15 @@ def run_style(
     return dict(color=SERIES[place % len(SERIES)], dash=DASHES[place // len(SERIES) % len(DASHES)])
 
 # %% ../../nbs/views/theme.ipynb #cell-11
-AXIS = dict(gridcolor=COLOURS["grid"], zeroline=False, showline=True, linecolor=COLOURS["text"], ticks="outside",
-            tickcolor=COLOURS["text"], automargin=True, title=dict(standoff=8))
+AXIS = dict(gridcolor=COLOURS["grid"], zeroline=False, showline=True, linecolor=COLOURS["text"],
+            ticks="outside", tickcolor=COLOURS["text"], automargin=True, title=dict(standoff=8))
 TEMPLATE = go.layout.Template(layout=dict(
-    font=dict(color=COLOURS["text"], size=14, family="Helvetica, Arial, sans-serif"), paper_bgcolor="rgba(0,0,0,0)",
-    plot_bgcolor="rgba(0,0,0,0)", colorway=SERIES, xaxis=AXIS, yaxis=AXIS, hoverlabel=dict(namelength=-1),
-    legend=dict(orientation="h", yref="container", yanchor="bottom", y=0.01, x=0), margin=dict(l=70, r=30, t=70, b=60),
-    modebar=dict(bgcolor="rgba(0,0,0,0)", color=COLOURS["grid"], activecolor=COLOURS["text"], orientation="v")))
+    font=dict(color=COLOURS["text"], size=14, family="Helvetica, Arial, sans-serif"),
+    paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", colorway=SERIES,
+    xaxis=AXIS, yaxis=AXIS, hoverlabel=dict(namelength=-1), margin=dict(l=70, r=30, t=70, b=60),
+    legend=dict(orientation="h", yref="container", yanchor="bottom", y=0.01, x=0),
+    modebar=dict(bgcolor="rgba(0,0,0,0)", color=COLOURS["grid"], activecolor=COLOURS["text"],
+                 orientation="v")))
 
 # %% ../../nbs/views/theme.ipynb #cell-13
 def layout(
@@ -57,7 +60,8 @@ def layout(
 ) -> go.Figure:
     "Give a figure its titles and the look of all others; the width follows the page. Returns the figure."
     lines = textwrap.wrap(note, 105)
-    heading = dict(text="<br>".join(textwrap.wrap(title, 85)), x=0.01, xanchor="left", y=0.97, yanchor="top", font_size=17,
+    heading = dict(text="<br>".join(textwrap.wrap(title, 85)), font_size=17,
+                   x=0.01, xanchor="left", y=0.97, yanchor="top",
                    subtitle=dict(text="<br>".join(lines), font_size=13))
     top = 35 + 24 * len(textwrap.wrap(title, 85)) + 19 * len(lines)
     fig.update_layout(template=TEMPLATE, title=heading, height=height, margin_t=top)
@@ -74,7 +78,8 @@ def percent_axis(fig: go.Figure) -> go.Figure:
 def bundle(fig: go.Figure) -> dict:
     "What a notebook stores of a figure: its data and layout, and its title as plain text."
     title = " ".join((fig.layout.title.text or "without a title").split("<br>"))
-    return {"application/vnd.plotly.v1+json": json.loads(go.Figure(fig).to_json()), "text/plain": f"Figure: {title}"}
+    return {"application/vnd.plotly.v1+json": json.loads(go.Figure(fig).to_json()),
+            "text/plain": f"Figure: {title}"}
 
 # %% ../../nbs/views/theme.ipynb #cell-20
 def show(fig: go.Figure) -> None:
@@ -91,7 +96,7 @@ def named_runs(
     "Runs by name, checked to be run directories that this version reads; raises `BadInput` otherwise."
     named = {runs.path.name: runs} if isinstance(runs, Run) else runs
     if not isinstance(named, dict) or not named or not all(isinstance(r, Run) for r in named.values()):
-        raise BadInput(f"runs = {runs!r} cannot be shown; accepted: a Run, or a dictionary of name -> Run with at least one.")
+        raise BadInput(f"runs = {runs!r} cannot be shown; accepted: a Run, or a dictionary of name -> Run.")
     for run in named.values(): check_format(run)
     return named
 
@@ -114,7 +119,7 @@ def series(
     metric: str,  # such as "test_accuracy"
     stage: str | None = None,  # of this stage only
 ) -> pd.DataFrame:
-    "`epoch` (over all stages, from 1), `stage`, `stage_epoch` (from 0) and `value` of one metric; empty where none was recorded."
+    "One metric: `epoch` (over all stages, from 1), `stage`, `stage_epoch` (from 0), `value`; perhaps empty."
     starts, rows = stage_starts(run), run.metrics.read()[0]
     if stage is not None: one_of("stage", stage, dict.fromkeys([*run.about.get("stages", []), *starts]))
     rows = [(starts[r["stage"]] + r["epoch"] + 1, r["stage"], r["epoch"], r[metric])
@@ -127,17 +132,19 @@ def nothing_yet(runs: dict[str, Run], what: str) -> BadInput:
     def recorded(run):
         names = {k for r in run.metrics.read()[0] for k in r} - {"stage", "epoch", "step"}
         return ", ".join(sorted(names)) or "nothing yet"
-    found = "; ".join(f"{name} ({r.status().get('state', 'not started')}) has {recorded(r)}" for name, r in runs.items())
+    found = "; ".join(f"{name} ({r.status().get('state', 'not started')}) has {recorded(r)}"
+                      for name, r in runs.items())
     return BadInput(f"no {what} to show: {found}. Accepted: a run that recorded it for at least one epoch.")
 
 # %% ../../nbs/views/theme.ipynb #cell-33
 def mark_stages(fig: go.Figure, run: Run) -> go.Figure:
-    "Name the stages of a run above its curves, with a dotted line where each begins; nothing for a single stage."
+    "Name the stages of a run above its curves, with a dotted line where each begins; not for a single stage."
     starts = stage_starts(run)
     if len(starts) < 2: return fig
     for stage, start in starts.items():
-        fig.add_vline(x=start + 0.5, line=dict(color=COLOURS["text"], dash="dot", width=1), annotation_text=html.escape(stage),
-                      annotation_position="top right", annotation_font_size=12)
+        fig.add_vline(x=start + 0.5, line=dict(color=COLOURS["text"], dash="dot", width=1),
+                      annotation_text=html.escape(stage), annotation_position="top right",
+                      annotation_font_size=12)
     return fig
 
 # %% ../../nbs/views/theme.ipynb #cell-36
@@ -153,14 +160,15 @@ def printable(
 def read_labels(
     run: Run,  # to read
 ) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
-    "Given labels (n,), true labels (n,) or None where nobody knows them, and class names; of soft labels the largest counts."
+    "Given labels (n,), of soft ones the largest; true labels (n,) or None where not known; class names."
     check_format(run)
     names, samples = printable(run.task["class_names"]), run.samples()
     given, true = samples["given"], samples.get("true")
     given = given.argmax(1) if given.ndim == 2 else given
     for labels in (given, *([] if true is None else [true])):
-        if labels.shape == given.shape and len(labels) and 0 <= labels.min() and labels.max() < len(names): continue
-        raise BadInput(f"{run.path}/samples.npz holds labels that do not fit {len(names)} classes; accepted: 0 to {len(names) - 1}.")
+        if labels.shape == given.shape != (0,) and 0 <= labels.min() <= labels.max() < len(names): continue
+        raise BadInput(f"{run.path}/samples.npz holds labels that do not fit {len(names)} classes; "
+                       f"accepted: 0 to {len(names) - 1}.")
     return given, true, names
 
 # %% ../../nbs/views/theme.ipynb #cell-40
@@ -169,11 +177,12 @@ def snapshots_with(
     name: str,  # of a per-sample array, such as "corrected"
     length: int,  # how many samples it must have
 ) -> list[tuple[int, str, np.ndarray]]:
-    "(epoch over all stages, from 1; a text that names it; the array) of each snapshot that holds it, oldest first."
+    "(epoch over all stages, from 1; its name; the array) of each snapshot with this array, oldest first."
     starts, found = stage_starts(run), []
     for stage, epoch, path in run.snapshots():
         array = load_arrays(path).get(name)
         if array is None: continue
-        if len(array) != length: raise BadInput(f"{path} has {len(array)} rows of {name}; accepted: {length}, one a sample.")
+        if len(array) != length:
+            raise BadInput(f"{path} has {len(array)} rows of {name}; accepted: {length}, one a sample.")
         found.append((starts[stage] + epoch + 1, f"{stage}, epoch {epoch}", array))
     return found
