@@ -15,6 +15,8 @@ import os
 import re
 import socket
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +76,8 @@ class Stream:
             f.seek(start)
             text = f.read()
         end = text.rfind(b"\n") + 1
-        return [json.loads(line) for line in text[:end].splitlines()], start + end
+        try: return [json.loads(line) for line in text[:end].splitlines()], start + end
+        except ValueError as e: raise BadInput(f"{self.path} is damaged after byte {start}: {e}") from None
 
     def cut(self, size: int) -> None:
         "Drop everything after byte `size`: what a killed run wrote after its last checkpoint."
@@ -198,7 +201,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     "The arrays of an `.npz` file; nothing in it is executed."
     try:
         with np.load(path, allow_pickle=False) as f: return {k: f[k] for k in f.files}
-    except (ValueError, OSError, EOFError) as e: raise BadInput(f"{path} holds no readable arrays: {e}") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e: raise BadInput(f"{path} holds no readable arrays: {e}") from None
 
 # %% ../../nbs/engine/runs.ipynb #cell-36
 def _save_snapshot(self: Run, stage: str, epoch: int, arrays: dict) -> None:

@@ -95,14 +95,14 @@ class Trainer:
         self.given = lab.task.given if lab.task.given.ndim == 1 else lab.task.given.argmax(1)
         self.outer_poll, self.polled, self.paused = poll, 0.0, 0.0
         self.stage, self.epoch = self.stages[0], 0
-        self.show, lab.poll = progress, self.poll
+        self.show, lab.poll, lab.progress = progress, self.poll, progress
 
 # %% ../../nbs/engine/train.ipynb #cell-19
 def _poll(self: Trainer) -> None:
     "Obey a standing request; looks at the control file at most every 0.2 seconds."
     if time.monotonic() - self.polled < 0.2: return
-    if self.outer_poll: self.outer_poll()
     began = time.monotonic()
+    if self.outer_poll: self.outer_poll()
     while (request := self.run.requested()) == "pause":
         if self.run.status()["state"] != "paused": self.say("paused")
         time.sleep(0.1)
