@@ -20,7 +20,7 @@ from ..engine.pretrain import FeatureConfig, features_of
 @dataclasses.dataclass(frozen=True)
 class LinearProbeConfig(FeatureConfig):
     "Settings of the probe; those of the representation come first."
-    strength: float = setting(0.1, "inverse strength C of the L2 penalty, on standardised features", "ours", low=1e-8)
+    strength: float = setting(1.0, "inverse strength C of the L2 penalty, on standardised features", "ours", low=1e-8)
 
 # %% ../../nbs/methods/linear_probe.ipynb #cell-6
 class Probe(Stage):
