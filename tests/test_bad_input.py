@@ -7,24 +7,39 @@ import resource
 import subprocess
 import sys
 import tarfile
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
+from lnl_bench.cli import main
 from lnl_bench.data.checks import BadInput
 from lnl_bench.data.noise import make_noise
 from lnl_bench.data.sources import digits
-from lnl_bench.data.task import make_task
+from lnl_bench.data.task import make_task, read_label_csv
 from lnl_bench.engine import runs
 from lnl_bench.engine.train import load_checkpoint, train
 from lnl_bench.methods.catalogue import configured
+from lnl_bench.methods.cross_entropy import TrainOnLabels
 
 
-def lnl(*arguments, cwd, **options):
-    return subprocess.run([sys.executable, "-m", "lnl_bench", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, timeout=120, **options)
+def lnl_process(*arguments, cwd, **options):
+    "The command in a process of its own, as a user runs it."
+    command = [sys.executable, "-m", "lnl_bench", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, **options)
+
+
+def lnl(*arguments, cwd):
+    "The same entry point in this process: no seconds for starting Python and torch at each of many refusals."
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["lnl", *map(str, arguments)])
+        try: main()
+        except SystemExit as e: code = e.code or 0
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def refused(done, *words):
@@ -77,7 +92,7 @@ def test_purify_works_on_the_good_folder(pictures):
     (("train", "cross-entropy", "--data", "digits[many]"), ("digits[many]",)),
     (("train", "cross-entropy", "--device", "cuda:99"), ("cuda:99", "cpu")),
     (("train", "dmlp", "--trusted", "0"), ("dmlp", "trusted")),
-    (("train", "dmlp", "--trusted", "500"), ("5000",)),
+    (("train", "dmlp", "--trusted", "500"), ("500", "at most 126")),
     (("repro", "dmlp", "-p", "nosie", "0.9"), ("'nosie'", "'noise'")),
     (("repro", "dmlp", "-p", "noise", "1.7"), ("1.7", "0 to 1")),
     (("repro", "dmlp", "-p", "noise", "abc"), ("'abc'", "float")),
@@ -89,6 +104,11 @@ def test_purify_works_on_the_good_folder(pictures):
 ])  # fmt: skip
 def test_refused_before_any_work(arguments, words, tmp_path):
     refused(lnl(*arguments, cwd=tmp_path), *words)
+    assert files_below(tmp_path) == []
+
+
+def test_the_same_in_a_process_of_its_own(tmp_path):
+    refused(lnl_process("repro", "dmlp", "-p", "nosie", "0.9", cwd=tmp_path), "'nosie'", "Did you mean 'noise'?")
     assert files_below(tmp_path) == []
 
 
@@ -126,15 +146,11 @@ def test_label_csv_with_a_missing_file(pictures):
     refused(lnl(*PURIFY, "--labels", "labels.csv", cwd=pictures), "dog/77.png")
 
 
-def test_label_csv_with_a_missing_index():
-    from lnl_bench.data.task import read_label_csv
+def test_label_csv_with_a_missing_index(tmp_path):
     source = digits()
-    with pytest.MonkeyPatch.context() as patch:
-        import tempfile
-        folder = tempfile.mkdtemp()
-        patch.chdir(folder)
-        pd.DataFrame({"index": range(1000), "label": [source.class_names[c] for c in source.labels[:1000].tolist()]}).to_csv("l.csv", index=False)
-        with pytest.raises(BadInput, match=r"no label for .*297"): read_label_csv("l.csv", source)
+    labels = [source.class_names[c] for c in source.labels[:1000].tolist()]
+    pd.DataFrame({"index": range(1000), "label": labels}).to_csv(tmp_path / "l.csv", index=False)
+    with pytest.raises(BadInput, match=r"no label for .*297"): read_label_csv(tmp_path / "l.csv", source)
 
 
 def test_class_without_trusted_sample(pictures):
@@ -165,14 +181,19 @@ def test_run_directory_of_another_configuration(tmp_path):
 
 
 def test_two_processes_on_one_run(tmp_path):
-    import filelock
     task = make_task(digits(), "symmetric:0.5", trusted_per_class=5, seed=0)
-    (tmp_path / "run").mkdir()
     method = configured("cross-entropy", task, "smoke")
-    runs.open_run(tmp_path / "fresh", {"seed": 0})
-    with filelock.FileLock(tmp_path / "run" / ".lock"):
-        (tmp_path / "run" / ".lock").touch()
-        with pytest.raises(BadInput): train(method, task, run_dir=tmp_path / "run", preset="smoke", progress="off")
+    options = dict(run_dir=tmp_path / "run", preset="smoke", progress="off")
+
+    class Watched(TrainOnLabels):
+        def epoch(self, lab, epoch):
+            with pytest.raises(BadInput, match="being written by another process"): train(method, task, **options)
+            return super().epoch(lab, epoch)
+
+    class Second(type(method)):
+        def stages(self): return [Watched(self.config)]
+
+    assert train(Second(method.config), task, **options).finished
 
 
 def test_disk_full_while_writing_a_checkpoint(tmp_path, monkeypatch):
@@ -202,6 +223,7 @@ def test_disk_full_while_writing_a_checkpoint(tmp_path, monkeypatch):
 def test_disk_full_at_the_command_line(tmp_path):
     "A real failing write: the process may not make files above 200 kB, so no checkpoint fits."
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-    done = lnl("train", "cross-entropy", "--noise", "symmetric:0.5", "--preset", "smoke", cwd=tmp_path, preexec_fn=limit)
+    command = ("train", "cross-entropy", "--noise", "symmetric:0.5", "--preset", "smoke")
+    done = lnl_process(*command, cwd=tmp_path, preexec_fn=limit)
     refused(done, "checkpoint.pt could not be written")
     assert not [f for f in files_below(tmp_path) if "checkpoint" in f]

@@ -14,7 +14,7 @@ from lnl_bench.engine.runs import Run
 from lnl_bench.engine.train import load_checkpoint
 
 COMMAND = ["train", "dmlp-naive", "--noise", "symmetric:0.8", "--preset", "smoke", "--set", "dmlp.epochs=12", "--set", "cross-entropy.epochs=6",
-           "--set", "dmlp.pretrain_epochs=3", "--set", "dmlp.representation=simclr", "--json"]  # fmt: skip
+           "--set", "dmlp.feature_epochs=3", "--json"]  # fmt: skip
 
 
 def lnl(*arguments, **options):

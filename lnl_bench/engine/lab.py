@@ -86,7 +86,7 @@ def _view(self: Lab, name: str, rows: torch.Tensor) -> torch.Tensor:
     t = self.task
     view = make_view(name, size=t.images.shape[-1], mean=t.mean, std=t.std, pad=t.pad, flip=t.flip)
     x = view(self.images.take(rows).to(self.device), self.rng("augment"))
-    return x.to(memory_format=torch.channels_last) if self.device.type == "cuda" else x
+    return x.to(memory_format=torch.channels_last)
 
 # %% ../../nbs/engine/lab.ipynb #cell-19
 def _batch(self: Lab, index: torch.Tensor, views: tuple[str, ...] = ("weak",)) -> Batch:
@@ -159,8 +159,7 @@ class CompiledForward:
 # %% ../../nbs/engine/lab.ipynb #cell-34
 def _place(self: Lab, module: nn.Module) -> nn.Module:
     "Move a module to the device, compile it where that was asked for, and count what passes through it."
-    module = module.to(self.device)
-    if self.device.type == "cuda": module = module.to(memory_format=torch.channels_last)
+    module = module.to(self.device, memory_format=torch.channels_last)
     if self.compile == "on": module.forward = CompiledForward(module)
     passes = self.passes
 
