@@ -90,7 +90,7 @@ def test_label_accuracy(made):
 
 def test_per_class(made):
     fig = labels.per_class_figure(made.run)
-    assert says_unknown(fig) != made.known and "train, epoch 2" in fig.layout.title.text
+    assert says_unknown(fig) != made.known and "train, epoch 3" in fig.layout.title.text
     for trace, values in zip(fig.data[1:], (made.given, made.corrected[-1]), strict=True):
         of = [np.mean(values[made.true == c] == c) if made.known else np.sum(values == c)
               for c in range(made.classes)]
@@ -125,7 +125,7 @@ def test_accuracy(made):
     assert [(t.x.tolist(), t.marker.symbol) for t in fig.data[1:]] == [([3], "star"), ([5], "square")]
     assert fig.data[0].customdata[2].tolist() == ["train", "0", "1,234"]
     assert [s.x0 for s in fig.layout.shapes] == [0.5, 2.5]
-    assert progress.accuracy_figure(made.run, "train").data[0].x.tolist() == [3, 4, 5]
+    assert progress.accuracy_figure(made.run, "train").data[0].x.tolist() == [1, 2, 3]
 
 
 def test_saved_figures_are_small(made):

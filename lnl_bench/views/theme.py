@@ -119,10 +119,10 @@ def series(
     metric: str,  # such as "test_accuracy"
     stage: str | None = None,  # of this stage only
 ) -> pd.DataFrame:
-    "One metric: `epoch` (over all stages, from 1), `stage`, `stage_epoch` (from 0), `value`; perhaps empty."
+    "One metric: `epoch` (from 1; over all stages, or within `stage`), `stage`, `stage_epoch` (from 0), `value`; perhaps empty."
     starts, rows = stage_starts(run), run.metrics.read()[0]
     if stage is not None: one_of("stage", stage, dict.fromkeys([*run.about.get("stages", []), *starts]))
-    rows = [(starts[r["stage"]] + r["epoch"] + 1, r["stage"], r["epoch"], r[metric])
+    rows = [((0 if stage else starts[r["stage"]]) + r["epoch"] + 1, r["stage"], r["epoch"], r[metric])
             for r in rows if r.get(metric) is not None and stage in (None, r["stage"])]
     return pd.DataFrame(rows, columns=["epoch", "stage", "stage_epoch", "value"])
 
@@ -184,5 +184,5 @@ def snapshots_with(
         if array is None: continue
         if len(array) != length:
             raise BadInput(f"{path} has {len(array)} rows of {name}; accepted: {length}, one a sample.")
-        found.append((starts[stage] + epoch + 1, f"{stage}, epoch {epoch}", array))
+        found.append((starts[stage] + epoch + 1, f"{stage}, epoch {epoch + 1}", array))
     return found
