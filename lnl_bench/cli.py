@@ -26,7 +26,7 @@ from .engine.train import train as train_method
 from .methods.catalogue import configured, methods_table
 from .repro.bench import bench_purify
 from .repro.experiment import Parameters, make_source, noise_on, page_folder, read_parameters
-from .repro.results import finished_runs, merge_results, result_row
+from .repro.results import fill_blocks, finished_runs, keep_record, merge_results, result_row
 
 # %% ../nbs/cli.ipynb #cell-5
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -202,13 +202,17 @@ def bench(
 def report(
     runs_dir: RunsDir = "runs",
     out: Annotated[str, typer.Option(help="CSV file that the results are merged into.")] = "reports/results.csv",
+    records: Annotated[str, typer.Option(help="Folder that each run's small files are copied to.")] = "",
+    pages: Annotated[list[str], typer.Option("--page", help="Markdown file whose marked tables are filled; may be repeated.")] = [],  # noqa: B006
     as_json: Json = False,
 ):
-    "Merge the results of all finished runs of a folder into one table."
+    "Merge the results of all finished runs of a folder into one table, and fill the tables of Markdown pages from it."
     rows = [result_row(r) for r in finished_runs(runs_dir)]
     if not rows: raise BadInput(f"{runs_dir} holds no finished run.")
     table = merge_results(out, rows)
     say(f"{len(rows)} runs merged; {out} has {len(table)} rows.")
+    for run in finished_runs(runs_dir) if records else (): keep_record(run, records)
+    for page in pages: write_atomic(Path(page), fill_blocks(Path(page).read_text(), table, Path(page).parent).encode())
     if as_json: print(json.dumps(rows))
 
 # %% ../nbs/cli.ipynb #cell-39

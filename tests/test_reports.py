@@ -1,0 +1,54 @@
+"""Pages and stored results agree: a number on a page that no run backs makes this fail."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+
+from lnl_bench.engine.runs import Run
+from lnl_bench.repro.results import KEY, fill_blocks, result_row
+
+PAGES = ("README.md", "reports/README.md")
+
+
+@pytest.fixture(scope="module")
+def results(repo): return pd.read_csv(repo / "reports" / "results.csv")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_results(page, repo, results):
+    text = (repo / page).read_text()
+    assert re.search(r"<!-- results:", text)
+    assert fill_blocks(text, results, (repo / page).parent) == text
+
+
+def test_a_changed_number_is_found(repo, results):
+    text = (repo / "README.md").read_text()
+    doctored = re.sub(r"\d\d\.\d ±", "99.9 ±", text, count=1)
+    assert doctored != text and fill_blocks(doctored, results, repo) == text
+
+
+def test_every_row_has_its_record(repo, results):
+    rows = {row[KEY]: row for row in (result_row(Run(p.parent)) for p in (repo / "reports" / "runs").glob("*/result.json"))}
+    assert set(results[KEY]) == set(rows), "results.csv and reports/runs hold the same runs"
+    for stored in results.to_dict("records"):
+        for name, value in rows[stored[KEY]].items():
+            if value is None: assert pd.isna(stored[name]), name
+            elif isinstance(value, float): assert abs(stored[name] - value) < 1e-9, name
+            else: assert str(stored[name]) == str(value), name
+
+
+def test_provenance_is_whole(results):
+    for name in ("dataset", "noise_type", "noise_hash", "method", "preset", "seed", "device", "torch", "lnl_bench", "commit", "started"):
+        assert results[name].notna().all(), name
+    assert not results["commit"].str.endswith("-dirty").any(), "measured on committed code"
+
+
+def test_speed_claims_hold_in_the_stored_measurement(repo):
+    rows = json.loads((repo / "reports" / "bench_purify.json").read_text())
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["IPC epoch, solved anew, d=512"]["ratio"] >= 4
+    assert by_name["IPC epoch, solved anew, d=2048"]["ratio"] >= 25
+    assert by_name["100 epochs of IPC and EAC, d=512"]["seconds"] < 40
+    assert by_name["100 epochs of IPC and EAC, d=2048"]["seconds"] < 60
