@@ -25,7 +25,7 @@ def one_of(
     value,  # the value given
     accepted: Iterable,  # all accepted values
 ):
-    "Return `value` if it is among `accepted`; otherwise raise `BadInput`, with the nearest accepted name if there is one."
+    "Return `value` if it is among `accepted`; otherwise raise `BadInput`, naming the nearest accepted value."
     accepted = list(accepted)
     if value in accepted: return value
     near = difflib.get_close_matches(str(value), [str(a) for a in accepted], n=1)
@@ -55,18 +55,25 @@ def setting(
     choices: tuple | None = None,  # all accepted values
 ) -> dataclasses.Field:
     "A dataclass field that says what it means, where its default comes from and what it accepts."
-    return dataclasses.field(default=default, metadata=dict(help=help, source=source, low=low, high=high, choices=choices))
+    declared = dict(help=help, source=source, low=low, high=high, choices=choices)
+    return dataclasses.field(default=default, metadata=declared)
 
-# %% ../../nbs/data/checks.ipynb #cell-11
-def _as_type(name: str, value, kind: type):
-    "`value` as `kind` if that loses nothing: 3 may be a float, 3.5 is no int, 'abc' is no number, 1 is no bool."
+# %% ../../nbs/data/checks.ipynb #cell-12
+def _as_type(
+    name: str,  # what the value is called where the user gave it
+    value,  # the value given
+    kind: type,  # the declared type
+):
+    "`value` as `kind` if that loses nothing: 3 may be a float, 3.5 is no int, True is no int, 1 is no bool."
     if kind is float and isinstance(value, int) and not isinstance(value, bool): return float(value)
     if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)): return value
     raise BadInput(f"{name} = {value!r} has the wrong type; accepted: {kind.__name__}.")
 
-# %% ../../nbs/data/checks.ipynb #cell-13
-def checked(config):
-    "Return the dataclass `config` if every field has its declared type and an accepted value; otherwise raise `BadInput`."
+# %% ../../nbs/data/checks.ipynb #cell-14
+def checked(
+    config,  # an instance of a dataclass whose fields are made by `setting`
+):
+    "Return `config` if every field has its declared type and an accepted value; otherwise raise `BadInput`."
     types = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value = _as_type(f.name, getattr(config, f.name), types[f.name])
@@ -76,27 +83,27 @@ def checked(config):
             in_range(f.name, value, f.metadata["low"], f.metadata["high"])
     return config
 
-# %% ../../nbs/data/checks.ipynb #cell-15
+# %% ../../nbs/data/checks.ipynb #cell-16
 @dataclasses.dataclass(frozen=True)
 class Config:
     "Base of all configurations: frozen, and refused at once when a value cannot be used."
     def __post_init__(self): checked(self)
 
-# %% ../../nbs/data/checks.ipynb #cell-18
+# %% ../../nbs/data/checks.ipynb #cell-19
 def build(
     cls: type,  # a `Config` class
     values: Mapping,  # field name -> value
 ):
-    "An instance of `cls`; raises `BadInput` for a name that is no field, a wrong type or a value that is not accepted."
+    "An instance of `cls`; raises `BadInput` for a name that is no field or a value that is not accepted."
     for name in values: one_of("setting", name, [f.name for f in dataclasses.fields(cls)])
     return cls(**values)
 
-# %% ../../nbs/data/checks.ipynb #cell-21
+# %% ../../nbs/data/checks.ipynb #cell-22
 def parse(
     cls: type,  # a `Config` class
     text: Mapping[str, str],  # field name -> text as typed
 ) -> dict:
-    "The values of `text`, read as the types that the fields of `cls` declare; raises `BadInput` where that fails."
+    "The values of `text` in the types that `cls` declares; raises `BadInput` for a text that is none."
     types, values = typing.get_type_hints(cls), {}
     for name, raw in text.items():
         kind = types[one_of("setting", name, types)]
@@ -105,27 +112,38 @@ def parse(
             raise BadInput(f"{name} = {raw!r} has the wrong type; accepted: {kind.__name__}.") from None
     return values
 
-# %% ../../nbs/data/checks.ipynb #cell-23
-def settings_table(cls: type) -> list[dict]:
-    "One row per field of `cls`: name, default, meaning, source and accepted values, for documentation."
-    def accepts(m):
-        if m.get("choices"): return ", ".join(map(str, m["choices"]))
-        return "" if m.get("low") is m.get("high") is None else f"{m['low']} to {m['high']}".replace("None", "any")
-    return [dict(name=f.name, default=f.default, help=f.metadata.get("help", ""), source=f.metadata.get("source", ""),
-                 accepted=accepts(f.metadata)) for f in dataclasses.fields(cls)]
+# %% ../../nbs/data/checks.ipynb #cell-24
+def _accepts(field: dataclasses.Field) -> str:
+    "What a field accepts, as text: its choices, its range, or nothing where any value of its type will do."
+    m = field.metadata
+    if m.get("choices"): return ", ".join(map(str, m["choices"]))
+    if m.get("low") is m.get("high") is None: return ""
+    return f"{m['low']} to {m['high']}".replace("None", "any")
 
-# %% ../../nbs/data/checks.ipynb #cell-26
-def canonical_json(value) -> str:
-    "JSON with sorted keys and no spaces, so that equal values give equal text; NaN is refused."
+# %% ../../nbs/data/checks.ipynb #cell-25
+def settings_table(
+    cls: type,  # a `Config` class
+) -> list[dict]:
+    "One row per field of `cls`: name, default, meaning, source and accepted values, for documentation."
+    def row(f):
+        told = {k: f.metadata.get(k, "") for k in ("help", "source")}
+        return dict(name=f.name, default=f.default, **told, accepted=_accepts(f))
+    return [row(f) for f in dataclasses.fields(cls)]
+
+# %% ../../nbs/data/checks.ipynb #cell-28
+def canonical_json(
+    value,  # a configuration, or a value that JSON has
+) -> str:
+    "JSON with sorted keys and no spaces, so that equal values give equal text; `ValueError` for NaN."
     if dataclasses.is_dataclass(value): value = dataclasses.asdict(value)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
-# %% ../../nbs/data/checks.ipynb #cell-27
+# %% ../../nbs/data/checks.ipynb #cell-30
 def fingerprint(value) -> str:
     "The SHA-256 of `canonical_json(value)`, as 64 hexadecimal digits."
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
-# %% ../../nbs/data/checks.ipynb #cell-30
+# %% ../../nbs/data/checks.ipynb #cell-33
 def seed_for(
     seed: int,  # the seed a person gave
     purpose: str,  # such as "noise", "split", "init", "order", "augment", "mixup"

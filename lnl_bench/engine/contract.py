@@ -27,57 +27,73 @@ class Stage:
         "Do epoch number `epoch`, counted from 0, and return scalars to record."
         raise TypeError(f"stage {self.name!r} lays out no epoch")
 
-    predict = None  # (images (B, C, H, W) normalised) -> logits (B, classes), in evaluation mode; None where it has no classifier
+    # Normalised images (B, C, H, W) -> logits (B, classes) in evaluation mode; None without a classifier.
+    predict = None
 
     def samples(self, lab) -> dict:
-        "Per-sample arrays (n, ...) in training order, for the views: any of loss, p_clean, weight, corrected, confidence, prediction."
+        """Per-sample arrays (n, ...) in training order, for the views.
+
+        Any of loss, p_clean, weight, corrected, confidence, prediction."""
         return {}
 
     def result(self, lab) -> dict:
-        "What later stages need (nested dictionaries of tensors); `labels` (n,) or (n, classes) replaces the labels they train on."
+        """What later stages need, as nested dictionaries of tensors.
+
+        `labels`, (n,) or (n, classes), replaces the labels that they train on."""
         return {}
 
-# %% ../../nbs/engine/contract.ipynb #cell-7
+# %% ../../nbs/engine/contract.ipynb #cell-8
 def _plain(value) -> bool:
-    "Whether a value may stand in a checkpoint as it is: a tensor, a number, text, None, or lists and dictionaries of these."
+    "Whether a checkpoint takes a value as it is: tensor, number, text, None, lists and dictionaries of them."
     if isinstance(value, (list, tuple)): return all(map(_plain, value))
     if isinstance(value, dict): return all(map(_plain, value.values()))
     return value is None or isinstance(value, (torch.Tensor, bool, int, float, str))
 
-# %% ../../nbs/engine/contract.ipynb #cell-8
-def stage_state(stage: Stage) -> dict:
-    "All state of a stage, as nested dictionaries of tensors and plain values; raises `TypeError` where something cannot be saved."
-    state = {}
-    for name, value in vars(stage).items():
-        if name.startswith("_") or isinstance(value, Config): continue
-        if isinstance(value, torch.nn.Module): state[name] = {"weights": value.state_dict(), "training": [m.training for m in value.modules()]}
-        elif hasattr(value, "state_dict"): state[name] = value.state_dict()
-        elif _plain(value): state[name] = value
-        else: raise TypeError(f"{type(stage).__name__}.{name} is a {type(value).__name__}, which a checkpoint cannot hold; "
-                              "give it a state_dict, or a name with a leading underscore if start() rebuilds it.")
-    return state
+# %% ../../nbs/engine/contract.ipynb #cell-10
+def _saved(value, owner: str):
+    "What a checkpoint holds of one attribute; raises `TypeError` with its name where it can hold nothing."
+    if isinstance(value, torch.nn.Module):
+        return {"weights": value.state_dict(), "training": [m.training for m in value.modules()]}
+    if hasattr(value, "state_dict"): return value.state_dict()
+    if _plain(value): return value
+    raise TypeError(f"{owner} is a {type(value).__name__}, which a checkpoint cannot hold; give it a "
+                    "state_dict, or a name with a leading underscore if start() rebuilds it.")
 
-# %% ../../nbs/engine/contract.ipynb #cell-9
+# %% ../../nbs/engine/contract.ipynb #cell-12
+def stage_state(
+    stage: Stage,  # a started stage
+) -> dict:
+    "All state: nested dictionaries of tensors and plain values; raises `TypeError` for what cannot be saved."
+    kept = {k: v for k, v in vars(stage).items() if not (k.startswith("_") or isinstance(v, Config))}
+    return {k: _saved(v, f"{type(stage).__name__}.{k}") for k, v in kept.items()}
+
+# %% ../../nbs/engine/contract.ipynb #cell-13
 @torch.no_grad()
-def load_stage_state(stage: Stage, state: dict) -> None:
-    "Put saved state back; tensors are overwritten in place, so that an optimiser that holds them sees the saved values."
-    missing = stage_state(stage).keys() - state.keys()
-    if missing: raise BadInput(f"the checkpoint of stage {stage.name!r} lacks {', '.join(sorted(missing))}; it is from another version.")
+def load_stage_state(
+    stage: Stage,  # a started stage
+    state: dict,  # from `stage_state`
+) -> None:
+    """Put saved state back; raises `BadInput` where the state lacks something that the stage has.
+
+    Tensors are overwritten in place, so that an optimiser that holds them sees the saved values."""
+    missing = ", ".join(sorted(stage_state(stage).keys() - state.keys()))
+    if missing:
+        raise BadInput(f"the checkpoint of stage {stage.name!r} lacks {missing}; it is from another version.")
     for name, value in state.items():
         mine = getattr(stage, name, None)
         if isinstance(mine, torch.nn.Module):
             mine.load_state_dict(value["weights"])
-            for module, training in zip(mine.modules(), value["training"], strict=True): module.training = training
+            for m, training in zip(mine.modules(), value["training"], strict=True): m.training = training
         elif hasattr(mine, "load_state_dict"): mine.load_state_dict(value)
         elif isinstance(mine, torch.Tensor) and mine.shape == value.shape: mine.copy_(value)
         else: setattr(stage, name, value)
 
-# %% ../../nbs/engine/contract.ipynb #cell-13
+# %% ../../nbs/engine/contract.ipynb #cell-17
 @dataclasses.dataclass(frozen=True)
 class NoSettings(Config):
     "The configuration of a method that has no settings."
 
-# %% ../../nbs/engine/contract.ipynb #cell-14
+# %% ../../nbs/engine/contract.ipynb #cell-18
 class Method:
     "A frozen configuration, and the stages that carry it out."
     name, family, paper, needs = "", "", "", ()
@@ -91,9 +107,9 @@ class Method:
 
     def check(self, task) -> None:
         "Raise `BadInput` where the task lacks what the method needs; called before any work."
-        if "trusted set" in self.needs and len(task.trusted_index) == 0:
-            raise BadInput(f"method {self.name!r} needs a trusted set and the task has none; accepted: a task with trusted labels "
-                           "(for example trusted = 10 images a class).")
+        if "trusted set" not in self.needs or len(task.trusted_index): return
+        raise BadInput(f"method {self.name!r} needs a trusted set and the task has none; accepted: a task "
+                       "with trusted labels (for example trusted = 10 images a class).")
 
     def describe(self) -> dict:
         "The configuration as plain values, for the run's record."
@@ -101,45 +117,47 @@ class Method:
 
     def __repr__(self): return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.describe().items())})"
 
-# %% ../../nbs/engine/contract.ipynb #cell-16
+# %% ../../nbs/engine/contract.ipynb #cell-21
 REGISTRY: dict[str, type[Method]] = {}
 NEEDS = ("trusted set", "two networks", "pre-training")
 
-# %% ../../nbs/engine/contract.ipynb #cell-17
+# %% ../../nbs/engine/contract.ipynb #cell-22
 def register(
-    name: str,  # as on the command line
+    name: str,  # as on the command line: lower-case words joined by hyphens
     family: str,  # such as "baseline", "purifier", "sample selection", "meta-learning", "representation"
     paper: str,  # reference
     needs: tuple[str, ...] = (),  # of `NEEDS`
 ):
-    "Class decorator: make a `Method` known under its name."
+    "Class decorator: make a `Method` known under its name; raises `BadInput` for a bad name or need."
     for need in needs: one_of("needs", need, NEEDS)
-    if not re.fullmatch(r"[a-z0-9]+([-+][a-z0-9]+)*", name): raise BadInput(f"name = {name!r}; accepted: lower-case words joined by hyphens.")
+    if not re.fullmatch(r"[a-z0-9]+([-+][a-z0-9]+)*", name):
+        raise BadInput(f"name = {name!r}; accepted: lower-case words joined by hyphens.")
     def decorate(cls):
         cls.name, cls.family, cls.paper, cls.needs = name, family, paper, tuple(needs)
         REGISTRY[name] = cls
         return cls
     return decorate
 
-# %% ../../nbs/engine/contract.ipynb #cell-18
+# %% ../../nbs/engine/contract.ipynb #cell-24
 def make_method(
     name: str,  # a registered name
     values: dict | None = None,  # setting -> value
 ) -> Method:
     "The method of that name with these settings; raises `BadInput` for an unknown name, setting or value."
     cls = REGISTRY[one_of("method", name, REGISTRY)]
-    return cls.configured(values or {}) if hasattr(cls, "configured") else cls(build(cls.Config, values or {}))
+    if hasattr(cls, "configured"): return cls.configured(values or {})
+    return cls(build(cls.Config, values or {}))
 
-# %% ../../nbs/engine/contract.ipynb #cell-19
+# %% ../../nbs/engine/contract.ipynb #cell-25
 def parse_settings(
     name: str,  # a registered name
     text: dict[str, str],  # setting -> text as typed
 ) -> dict:
-    "Settings typed as text, as values of the types that the method declares."
+    "Settings typed as text in the types that the method declares; raises `BadInput` where that fails."
     cls = REGISTRY[one_of("method", name, REGISTRY)]
     return cls.parse(text) if hasattr(cls, "parse") else parse(cls.Config, text)
 
-# %% ../../nbs/engine/contract.ipynb #cell-22
+# %% ../../nbs/engine/contract.ipynb #cell-28
 class Chain(Method):
     "A purifier followed by a classifier that trains on its labels."
     parts: tuple[str, str] = ()
@@ -151,7 +169,7 @@ class Chain(Method):
 
     @classmethod
     def split(cls, values: dict) -> dict[str, dict]:
-        "Settings named `part.setting`, by part."
+        "Settings named `part.setting`, by part; raises `BadInput` for a part that the chain does not have."
         out = {part: {} for part in cls.parts}
         for name, value in values.items():
             part, _, rest = name.rpartition(".")
@@ -162,16 +180,19 @@ class Chain(Method):
     def configured(cls, values: dict): return cls(*(make_method(p, v) for p, v in cls.split(values).items()))
 
     @classmethod
-    def parse(cls, text: dict): return {f"{p}.{k}": v for p, t in cls.split(text).items() for k, v in parse_settings(p, t).items()}
+    def parse(cls, text: dict):
+        typed = {p: parse_settings(p, t) for p, t in cls.split(text).items()}
+        return {f"{p}.{k}": v for p, settings in typed.items() for k, v in settings.items()}
 
-# %% ../../nbs/engine/contract.ipynb #cell-23
+# %% ../../nbs/engine/contract.ipynb #cell-29
 def chain(
     name: str,  # of the composition
     purifier: str,  # a registered purifier
     classifier: str,  # a registered classifier
     paper: str,  # reference
 ) -> type[Chain]:
-    "Register the composition of two methods under a name of its own."
-    needs = tuple(dict.fromkeys(REGISTRY[purifier].needs + REGISTRY[classifier].needs))
+    "Register the composition of two methods under a name of its own; it needs what either needs."
+    first, second = REGISTRY[purifier], REGISTRY[classifier]
+    needs = tuple(dict.fromkeys(first.needs + second.needs))
     cls = type(name, (Chain,), {"parts": (purifier, classifier)})
-    return register(name, f"{REGISTRY[purifier].family} + {REGISTRY[classifier].family}", paper, needs)(cls)
+    return register(name, f"{first.family} + {second.family}", paper, needs)(cls)

@@ -19,18 +19,25 @@ from ..data.checks import BadInput, one_of, seed_for
 from .nets import make_net
 
 # %% ../../nbs/engine/lab.ipynb #cell-5
-def pick_device(name: str = "auto") -> torch.device:
-    "The device for `auto`, `cpu`, `cuda` or `cuda:N`; raises `BadInput` where it is not there."
+def pick_device(
+    name: str = "auto",  # `auto`, `cpu`, `cuda` or `cuda:N`
+) -> torch.device:
+    "The device of that name, for `auto` the GPU where there is one; raises `BadInput` where it is not there."
     if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: device = torch.device(name)
-    except RuntimeError: raise BadInput(f"device = {name!r} is not known; accepted: auto, cpu, cuda, cuda:N.") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f"device = {name!r} is not there: {torch.cuda.device_count()} CUDA devices; accepted: auto, cpu.")
+    except RuntimeError:
+        raise BadInput(f"device = {name!r} is not known; accepted: auto, cpu, cuda, cuda:N.") from None
+    there = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise BadInput(f"device = {name!r} is not there: {there} CUDA devices; accepted: auto, cpu.")
     return device
 
 # %% ../../nbs/engine/lab.ipynb #cell-6
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    "The dtype of autocast: `float32`, `bfloat16`, or `auto` (bfloat16 on a GPU or a CPU with AMX, otherwise float32)."
+def pick_precision(
+    name: str,  # `auto`, `float32` or `bfloat16`
+    device: torch.device,  # where the networks run
+) -> torch.dtype:
+    "The dtype of autocast; `auto` is bfloat16 on a GPU or a CPU with AMX, otherwise float32."
     if one_of("precision", name, ("auto", "float32", "bfloat16")) != "auto": return getattr(torch, name)
     cpuinfo = Path("/proc/cpuinfo")
     amx = cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
@@ -48,7 +55,7 @@ class Batch:
     def images(self) -> torch.Tensor: return self.views[0]
     def __len__(self): return len(self.index)
 
-# %% ../../nbs/engine/lab.ipynb #cell-11
+# %% ../../nbs/engine/lab.ipynb #cell-12
 class Lab:
     "Data, views, batches, networks and random streams for the stages of one run."
     def __init__(self, task, *, seed=0, device="cpu", precision="float32", compile="off", cache_dir=None):
@@ -56,7 +63,8 @@ class Lab:
         self.device = pick_device(device)
         self.precision = pick_precision(precision, self.device)
         self.compile = one_of("compile", compile, ("off", "on"))
-        self.images = self.task.images.to(self.device) if hasattr(self.task.images, "to") else self.task.images
+        images = self.task.images
+        self.images = images.to(self.device) if hasattr(images, "to") else images
         self.labels = self.task.given.to(self.device)  # replaced when a purifier publishes better ones
         self.results: dict[str, dict] = {}  # what finished stages left, by stage name
         self.passes = {"forward": 0, "backward": 0}  # sample-forwards and sample-backwards so far
@@ -69,7 +77,7 @@ class Lab:
     @property
     def num_classes(self) -> int: return self.task.num_classes
 
-# %% ../../nbs/engine/lab.ipynb #cell-14
+# %% ../../nbs/engine/lab.ipynb #cell-15
 def _rng(self: Lab, purpose: str) -> torch.Generator:
     "The random stream of one purpose, such as `order`, `mixup`, `trusted`; `augment` draws on the device."
     if purpose not in self._generators:
@@ -77,7 +85,6 @@ def _rng(self: Lab, purpose: str) -> torch.Generator:
         self._generators[purpose] = generator.manual_seed(seed_for(self.seed, purpose))
     return self._generators[purpose]
 
-# %% ../../nbs/engine/lab.ipynb #cell-15
 Lab.rng = _rng
 
 # %% ../../nbs/engine/lab.ipynb #cell-18
@@ -88,13 +95,17 @@ def _view(self: Lab, name: str, rows: torch.Tensor) -> torch.Tensor:
     x = view(self.images.take(rows).to(self.device), self.rng("augment"))
     return x.to(memory_format=torch.channels_last)
 
-# %% ../../nbs/engine/lab.ipynb #cell-19
-def _batch(self: Lab, index: torch.Tensor, views: tuple[str, ...] = ("weak",)) -> Batch:
-    "The batch of these positions in training order, with the named views."
-    rows = self.task.train_index[index]
-    return Batch(index.to(self.device), tuple(self.view(v, rows) for v in views), self.labels[index.to(self.device)])
+Lab.view = _view
 
 # %% ../../nbs/engine/lab.ipynb #cell-20
+def _batch(self: Lab, index: torch.Tensor, views: tuple[str, ...] = ("weak",)) -> Batch:
+    "The batch of these positions (B,) in training order, with the named views."
+    rows, here = self.task.train_index[index], index.to(self.device)
+    return Batch(here, tuple(self.view(v, rows) for v in views), self.labels[here])
+
+Lab.batch = _batch
+
+# %% ../../nbs/engine/lab.ipynb #cell-22
 def _batches(
     self: Lab,
     index: torch.Tensor | None = None,  # positions in training order; None means all
@@ -112,41 +123,49 @@ def _batches(
         self.poll()
         yield self.batch(part, views)
 
-# %% ../../nbs/engine/lab.ipynb #cell-21
+Lab.batches = _batches
+
+# %% ../../nbs/engine/lab.ipynb #cell-24
 def _cycle(self: Lab, index=None, size=128, views=("weak",)) -> Iterator[Batch]:
-    "Batches without end: pass after pass over `index`, each newly shuffled, complete batches only where there are enough."
+    """Batches without end: pass after pass over `index`, each newly shuffled; `BadInput` where it is empty.
+
+    All batches are complete, unless `index` is smaller than one."""
     count = self.n if index is None else len(index)
     if not count: raise BadInput("cannot draw batches from an empty set of samples.")
     while True: yield from self.batches(index, size, views, last="dropped" if count >= size else "kept")
 
-# %% ../../nbs/engine/lab.ipynb #cell-22
-Lab.view, Lab.batch, Lab.batches, Lab.cycle = _view, _batch, _batches, _cycle
+Lab.cycle = _cycle
 
-# %% ../../nbs/engine/lab.ipynb #cell-25
+# %% ../../nbs/engine/lab.ipynb #cell-27
 def _draw_trusted(self: Lab, size: int, view: str = "weak") -> Batch:
-    "A class-balanced batch of trusted images with their trusted labels, drawn with replacement; `index` counts in the trusted set."
+    "A class-balanced batch of trusted images, drawn with replacement; `index` counts in the trusted set."
     labels, g = self.task.trusted_labels, self.rng("trusted")
     classes = torch.randperm(self.num_classes, generator=g).repeat(-(-size // self.num_classes))[:size]
     members = [(labels == c).nonzero()[:, 0] for c in range(self.num_classes)]
-    index = torch.stack([members[c][torch.randint(len(members[c]), (), generator=g)] for c in classes.tolist()])
-    return Batch(index.to(self.device), (self.view(view, self.task.trusted_index[index]),), labels[index].to(self.device))
+    draw = lambda of: of[torch.randint(len(of), (), generator=g)]  # noqa: E731
+    index = torch.stack([draw(members[c]) for c in classes.tolist()])
+    images = self.view(view, self.task.trusted_index[index])
+    return Batch(index.to(self.device), (images,), labels[index].to(self.device))
 
-# %% ../../nbs/engine/lab.ipynb #cell-26
+Lab.draw_trusted = _draw_trusted
+
+# %% ../../nbs/engine/lab.ipynb #cell-29
 def _class_counts(self: Lab) -> torch.Tensor:
     "How many training samples carry each label (classes,); soft labels count by their parts."
     soft = self.labels if self.labels.ndim == 2 else nn.functional.one_hot(self.labels, self.num_classes)
     return soft.sum(0).float()
 
-# %% ../../nbs/engine/lab.ipynb #cell-27
-Lab.draw_trusted, Lab.class_counts = _draw_trusted, _class_counts
+Lab.class_counts = _class_counts
 
-# %% ../../nbs/engine/lab.ipynb #cell-30
+# %% ../../nbs/engine/lab.ipynb #cell-32
 def _count(self: Lab, forward: int = 0, backward: int = 0) -> None:
     "Add passes that no hook sees (for example those of functional calls)."
     self.passes["forward"] += forward
     self.passes["backward"] += backward
 
-# %% ../../nbs/engine/lab.ipynb #cell-32
+Lab.count = _count
+
+# %% ../../nbs/engine/lab.ipynb #cell-35
 class CompiledForward:
     "The compiled forward pass of a module; copying the module gives the copy its own."
     def __init__(self, module: nn.Module):
@@ -156,7 +175,7 @@ class CompiledForward:
     def __call__(self, *inputs): return self.call(*inputs)
     def __deepcopy__(self, memo): return CompiledForward(memo[id(self.module)])
 
-# %% ../../nbs/engine/lab.ipynb #cell-34
+# %% ../../nbs/engine/lab.ipynb #cell-37
 def _place(self: Lab, module: nn.Module) -> nn.Module:
     "Move a module to the device, compile it where that was asked for, and count what passes through it."
     module = module.to(self.device, memory_format=torch.channels_last)
@@ -172,26 +191,35 @@ def _place(self: Lab, module: nn.Module) -> nn.Module:
     module.register_forward_hook(count)
     return module
 
-# %% ../../nbs/engine/lab.ipynb #cell-35
-def _net(self: Lab, name: str, role: str = "net") -> nn.Module:
-    "A network of that architecture for this task's images and classes, initialised from the run's seed and `role`."
-    shape = self.task.images.shape
-    return self.place(make_net(name, self.num_classes, channels=shape[1], size=shape[-1], seed=seed_for(self.seed, f"init:{role}")))
+Lab.place = _place
 
-# %% ../../nbs/engine/lab.ipynb #cell-36
+# %% ../../nbs/engine/lab.ipynb #cell-39
+def _net(self: Lab, name: str, role: str = "net") -> nn.Module:
+    "A network of that architecture for this task's images and classes; its start comes from seed and role."
+    _, channels, _, size = self.task.images.shape
+    seed = seed_for(self.seed, f"init:{role}")
+    return self.place(make_net(name, self.num_classes, channels=channels, size=size, seed=seed))
+
+Lab.net = _net
+
+# %% ../../nbs/engine/lab.ipynb #cell-41
 def _amp(self: Lab):
     "A context in which networks run in the run's precision."
     if self.precision is torch.float32: return contextlib.nullcontext()
     return torch.autocast(self.device.type, self.precision)
 
-# %% ../../nbs/engine/lab.ipynb #cell-37
+Lab.amp = _amp
+
+# %% ../../nbs/engine/lab.ipynb #cell-43
 def _step(self: Lab, loss: torch.Tensor, optimiser: torch.optim.Optimizer) -> None:
     "One plain optimiser step on `loss`."
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     optimiser.step()
 
-# %% ../../nbs/engine/lab.ipynb #cell-38
+Lab.step = _step
+
+# %% ../../nbs/engine/lab.ipynb #cell-44
 @contextlib.contextmanager
 def _uncounted(self: Lab):
     "A context whose passes do not count: evaluation and export are not the method's cost."
@@ -199,41 +227,50 @@ def _uncounted(self: Lab):
     yield
     self.passes.update(before)
 
-# %% ../../nbs/engine/lab.ipynb #cell-39
 Lab.uncounted = _uncounted
-Lab.count, Lab.place, Lab.net, Lab.amp, Lab.step = _count, _place, _net, _amp, _step
 
-# %% ../../nbs/engine/lab.ipynb #cell-42
+# %% ../../nbs/engine/lab.ipynb #cell-47
 @torch.no_grad()
-def _over(self: Lab, call: Callable, rows: torch.Tensor, view: str = "none", size: int = 500, images=None) -> torch.Tensor:
-    "`call` on one view of these rows of `images` (the task's training images by default), in evaluation mode, joined along the batch."
+def _over(
+    self: Lab,
+    call: Callable,  # a network or another function of images (B, C, H, W)
+    rows: torch.Tensor,  # which images, as rows of the source
+    view: str = "none",  # as in `make_view`
+    size: int = 500,  # images at a time
+    images: Callable | None = None,  # rows -> normalised images, where they are not the task's training images
+) -> torch.Tensor:
+    "`call` on these images without gradient, joined along the batch, as float32; a network in evaluation mode."
     module, outputs = call if isinstance(call, nn.Module) else getattr(call, "__self__", None), []
     training = isinstance(module, nn.Module) and module.training
     if training: module.eval()
     for part in rows.split(size):
         self.poll()
-        with self.amp(): outputs.append(call(self.view(view, part) if images is None else images(part)).float())
+        x = self.view(view, part) if images is None else images(part)
+        with self.amp(): outputs.append(call(x).float())
     if training: module.train()
     return torch.cat(outputs)
 
-# %% ../../nbs/engine/lab.ipynb #cell-43
-def _predict(self: Lab, call: Callable, view: str = "none", which: str = "train") -> torch.Tensor:
-    "The output of `call` for all training (or `trusted`) images in order, without gradient; a network is put in evaluation mode."
-    rows = self.task.train_index if one_of("which", which, ("train", "trusted")) == "train" else self.task.trusted_index
-    return self.over(call, rows, view)
-
-# %% ../../nbs/engine/lab.ipynb #cell-44
-Lab.over, Lab.predict = _over, _predict
-
-# %% ../../nbs/engine/lab.ipynb #cell-47
-def _state(self: Lab) -> dict:
-    "All random streams, counters and results of finished stages, for a checkpoint."
-    state = {"generators": {k: g.get_state() for k, g in self._generators.items()}, "torch": torch.get_rng_state(),
-             "passes": dict(self.passes), "results": self.results}
-    if self.device.type == "cuda": state["cuda"] = torch.cuda.get_rng_state(self.device)
-    return state
+Lab.over = _over
 
 # %% ../../nbs/engine/lab.ipynb #cell-48
+def _predict(self: Lab, call: Callable, view: str = "none", which: str = "train") -> torch.Tensor:
+    "The output of `call` for all training (or `trusted`) images in order, as `over` gives it."
+    rows = {"train": self.task.train_index, "trusted": self.task.trusted_index}
+    return self.over(call, rows[one_of("which", which, rows)], view)
+
+Lab.predict = _predict
+
+# %% ../../nbs/engine/lab.ipynb #cell-51
+def _state(self: Lab) -> dict:
+    "All random streams, counters and results of finished stages, for a checkpoint."
+    streams = {k: g.get_state() for k, g in self._generators.items()}
+    state = {"generators": streams, "torch": torch.get_rng_state(), "passes": dict(self.passes)}
+    if self.device.type == "cuda": state["cuda"] = torch.cuda.get_rng_state(self.device)
+    return state | {"results": self.results}
+
+Lab.state = _state
+
+# %% ../../nbs/engine/lab.ipynb #cell-52
 def _load_state(self: Lab, state: dict) -> None:
     "Go on from a saved state."
     for purpose, saved in state["generators"].items(): self.rng(purpose).set_state(saved)
@@ -242,11 +279,12 @@ def _load_state(self: Lab, state: dict) -> None:
     self.passes.update(state["passes"])
     for stage, result in state["results"].items(): self.publish(stage, result)
 
-# %% ../../nbs/engine/lab.ipynb #cell-49
+Lab.load_state = _load_state
+
+# %% ../../nbs/engine/lab.ipynb #cell-53
 def _publish(self: Lab, stage: str, result: dict) -> None:
     "Keep what a finished stage leaves; its `labels`, if any, are what later stages train on."
     self.results[stage] = result
     if "labels" in result: self.labels = result["labels"].to(self.device)
 
-# %% ../../nbs/engine/lab.ipynb #cell-50
-Lab.state, Lab.load_state, Lab.publish = _state, _load_state, _publish
+Lab.publish = _publish

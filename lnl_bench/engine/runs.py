@@ -28,7 +28,9 @@ def write_atomic(
     path: Path,  # file to create or replace
     data: bytes,  # its whole content
 ) -> None:
-    "Replace `path` by `data` in one step; when that fails the old file stays as it was and no temporary file remains."
+    """Replace `path` by `data` in one step.
+
+    Raises `BadInput` where that fails; then the old file is as it was and no temporary file remains."""
     path = Path(path)
     try: handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as e: raise BadInput(f"{path} could not be written: {e.strerror}.") from e
@@ -40,16 +42,21 @@ def write_atomic(
         os.replace(name, path)
     except BaseException as e:
         with contextlib.suppress(FileNotFoundError): os.unlink(name)
-        if isinstance(e, OSError): raise BadInput(f"{path} could not be written: {e.strerror}; what stood there before is whole.") from e
-        raise
+        if not isinstance(e, OSError): raise
+        raise BadInput(f"{path} could not be written: {e.strerror}; what stood there before is whole.") from e
 
 # %% ../../nbs/engine/runs.ipynb #cell-7
-def write_json(path: Path, value) -> None:
-    "Replace `path` by `value` as indented JSON with sorted keys, in one step."
+def write_json(
+    path: Path,  # file to create or replace
+    value,  # what JSON has: dictionaries, lists, text, numbers, None
+) -> None:
+    "Replace `path` by `value` as indented JSON with sorted keys, in one step; errors as `write_atomic`."
     write_atomic(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 # %% ../../nbs/engine/runs.ipynb #cell-8
-def read_json(path: Path):
+def read_json(
+    path: Path,  # file to read
+):
     "The content of a JSON file; raises `BadInput` where it is missing or damaged."
     try: return json.loads(Path(path).read_bytes())
     except FileNotFoundError: raise BadInput(f"{path} does not exist.") from None
@@ -70,7 +77,7 @@ class Stream:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def read(self, start: int = 0) -> tuple[list[dict], int]:
-        "The whole lines from byte `start` on, and the byte to start from next time."
+        "The whole lines from byte `start` on and the byte to go on from; `BadInput` where one is damaged."
         if not self.path.exists(): return [], 0
         with open(self.path, "rb") as f:
             f.seek(start)
@@ -89,8 +96,10 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 # %% ../../nbs/engine/runs.ipynb #cell-15
-def alive(pid: int) -> bool:
-    "Whether a process of this machine with that number runs (a finished child that nobody waited for does not count)."
+def alive(
+    pid: int,  # number of a process on this machine
+) -> bool:
+    "Whether that process runs; a finished child that nobody waited for does not count."
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except PermissionError: return True
@@ -104,7 +113,7 @@ REQUESTS = ("run", "pause", "stop")
 
 # %% ../../nbs/engine/runs.ipynb #cell-20
 class Run:
-    "A run directory: everything one training run wrote, readable at any time."
+    "A run directory: everything one training run wrote, readable at any time; it need not exist yet."
     def __init__(self, path: Path | str): self.path = Path(path)
     @property
     def metrics(self) -> Stream: return Stream(self.path / "metrics.jsonl")
@@ -120,7 +129,7 @@ class Run:
     def finished(self) -> bool: return (self.path / "result.json").exists()
     def __repr__(self): return f"Run({str(self.path)!r}, {self.status().get('state', 'empty')})"
 
-# %% ../../nbs/engine/runs.ipynb #cell-21
+# %% ../../nbs/engine/runs.ipynb #cell-22
 def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     "Where two nested dictionaries differ, as 'key: old -> new'."
     out = []
@@ -130,41 +139,56 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
         elif a != b: out.append(f"{prefix}{key}: {a!r} -> {b!r}")
     return out
 
-# %% ../../nbs/engine/runs.ipynb #cell-23
-def open_run(
-    path: Path | str,  # the run directory
-    identity: dict,  # what must agree for a run to be continued: method, configuration, preset, seed, task, ...
-    about: dict | None = None,  # what is recorded beside it and may differ: environment, command
-) -> Run:
-    "Create the run directory, or take it up again; raises `BadInput` where it belongs to another configuration."
-    run, path = Run(path), Path(path)
-    if path.exists() and not path.is_dir(): raise BadInput(f"run directory {path} is a file.")
-    if not (path / "run.json").exists():
-        if path.exists() and any(path.iterdir()):
-            raise BadInput(f"run directory {path} holds other files and no run.json; accepted: an empty or new directory, or a run's.")
-        (path / "snapshots").mkdir(parents=True, exist_ok=True)
-        write_json(path / "run.json", {"format": FORMAT, "started": now(), **identity, **(about or {}), "identity": sorted(identity)})
-        return run
-    check_format(run)
-    changed = _differences({k: run.about.get(k) for k in run.about["identity"]}, json.loads(json.dumps(identity)))
-    if changed: raise BadInput(f"run directory {path} belongs to another configuration ({'; '.join(changed[:5])}); "
-                               "accepted: the same settings, or another directory.")
+# %% ../../nbs/engine/runs.ipynb #cell-24
+def _new_run(run: Run, identity: dict, about: dict) -> Run:
+    "Lay out the directory of a run that does not exist yet; `BadInput` where something else lies there."
+    path = run.path
+    if path.exists() and any(path.iterdir()):
+        raise BadInput(f"run directory {path} holds other files and no run.json; "
+                       "accepted: an empty or new directory, or a run's.")
+    (path / "snapshots").mkdir(parents=True, exist_ok=True)
+    told = {"format": FORMAT, "started": now(), **identity, **about, "identity": sorted(identity)}
+    write_json(path / "run.json", told)
     return run
 
-# %% ../../nbs/engine/runs.ipynb #cell-24
-def check_format(run: Run) -> None:
-    "Raise `BadInput` where a run directory is missing or was written by a newer version."
-    if not (run.path / "run.json").exists(): raise BadInput(f"{run.path} is no run directory: it has no run.json.")
-    found = run.about.get("format")
-    if found != FORMAT: raise BadInput(f"{run.path} has run format {found!r}; this version reads format {FORMAT}.")
+# %% ../../nbs/engine/runs.ipynb #cell-26
+def open_run(
+    path: Path | str,  # the run directory
+    identity: dict,  # what must agree to continue a run: method, configuration, preset, seed, task, ...
+    about: dict | None = None,  # what is recorded beside it and may differ: environment, command
+) -> Run:
+    """Create the run directory, or take it up again.
+
+    Raises `BadInput` where it is a file, holds something else, or belongs to another configuration."""
+    run, path = Run(path), Path(path)
+    if path.exists() and not path.is_dir(): raise BadInput(f"run directory {path} is a file.")
+    if not (path / "run.json").exists(): return _new_run(run, identity, about or {})
+    check_format(run)
+    before = {k: run.about.get(k) for k in run.about["identity"]}
+    changed = "; ".join(_differences(before, json.loads(json.dumps(identity)))[:5])
+    if not changed: return run
+    raise BadInput(f"run directory {path} belongs to another configuration ({changed}); "
+                   "accepted: the same settings, or another directory.")
 
 # %% ../../nbs/engine/runs.ipynb #cell-27
+def check_format(run: Run) -> None:
+    "Raise `BadInput` where a run directory is missing or was written by a newer version."
+    path = run.path
+    if not (path / "run.json").exists(): raise BadInput(f"{path} is no run directory: it has no run.json.")
+    found = run.about.get("format")
+    if found == FORMAT: return
+    raise BadInput(f"{path} has run format {found!r}; this version reads format {FORMAT}.")
+
+# %% ../../nbs/engine/runs.ipynb #cell-30
 def _set_status(self: Run, state: str, **more) -> None:
     "Replace the status; `state` is one of `STATES`."
     one_of("state", state, STATES)
-    write_json(self.path / "status.json", {"state": state, "pid": os.getpid(), "host": socket.gethostname(), "updated": now(), **more})
+    who = {"pid": os.getpid(), "host": socket.gethostname()}
+    write_json(self.path / "status.json", {"state": state, **who, "updated": now(), **more})
 
-# %% ../../nbs/engine/runs.ipynb #cell-28
+Run.set_status = _set_status
+
+# %% ../../nbs/engine/runs.ipynb #cell-31
 def _status(self: Run) -> dict:
     "The last status; a run that says it is running while its process is gone is reported as `killed`."
     path = self.path / "status.json"
@@ -173,42 +197,54 @@ def _status(self: Run) -> dict:
     gone = status["host"] == socket.gethostname() and not alive(status["pid"])
     return {**status, "state": "killed"} if gone and status["state"] in ("running", "paused") else status
 
-# %% ../../nbs/engine/runs.ipynb #cell-29
+Run.status = _status
+
+# %% ../../nbs/engine/runs.ipynb #cell-33
 def _request(self: Run, what: str) -> None:
     "Ask the trainer to `run` (go on), `pause` or `stop`; any process may ask."
     one_of("request", what, REQUESTS)
     write_json(self.path / "control.json", {"request": what})
 
-# %% ../../nbs/engine/runs.ipynb #cell-30
+Run.request = _request
+
+# %% ../../nbs/engine/runs.ipynb #cell-34
 def _requested(self: Run) -> str:
     "The standing request, `run` where nobody asked for anything."
     try: return json.loads((self.path / "control.json").read_bytes())["request"]
     except FileNotFoundError: return "run"
 
-# %% ../../nbs/engine/runs.ipynb #cell-31
-Run.set_status, Run.status, Run.request, Run.requested = _set_status, _status, _request, _requested
+Run.requested = _requested
 
-# %% ../../nbs/engine/runs.ipynb #cell-34
-def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    "Write named arrays as an `.npz` file in one step; only plain numbers and text are accepted."
-    if any(np.asarray(a).dtype == object for a in arrays.values()): raise BadInput("arrays of objects cannot be saved.")
+# %% ../../nbs/engine/runs.ipynb #cell-37
+def save_arrays(
+    path: Path,  # file to create or replace
+    arrays: dict[str, np.ndarray],  # name -> array of numbers or text, of any shape
+) -> None:
+    "Write named arrays as an `.npz` file in one step; raises `BadInput` for an array of objects."
+    objects = [name for name, a in arrays.items() if np.asarray(a).dtype == object]
+    if objects: raise BadInput(f"arrays of objects cannot be saved: {', '.join(objects)}.")
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_atomic(path, buffer.getvalue())
 
-# %% ../../nbs/engine/runs.ipynb #cell-35
-def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    "The arrays of an `.npz` file; nothing in it is executed."
+# %% ../../nbs/engine/runs.ipynb #cell-38
+def load_arrays(
+    path: Path,  # an `.npz` file
+) -> dict[str, np.ndarray]:
+    "The arrays of the file; nothing in it is executed. Raises `BadInput` where it is missing or damaged."
     try:
         with np.load(path, allow_pickle=False) as f: return {k: f[k] for k in f.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e: raise BadInput(f"{path} holds no readable arrays: {e}") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        raise BadInput(f"{path} holds no readable arrays: {e}") from None
 
-# %% ../../nbs/engine/runs.ipynb #cell-36
+# %% ../../nbs/engine/runs.ipynb #cell-40
 def _save_snapshot(self: Run, stage: str, epoch: int, arrays: dict) -> None:
-    "Keep per-sample arrays of one epoch."
+    "Keep per-sample arrays, each with n rows in training order, of one epoch."
     save_arrays(self.path / "snapshots" / f"{stage}-{epoch:04d}.npz", arrays)
 
-# %% ../../nbs/engine/runs.ipynb #cell-37
+Run.save_snapshot = _save_snapshot
+
+# %% ../../nbs/engine/runs.ipynb #cell-41
 def _snapshots(self: Run) -> list[tuple[str, int, Path]]:
     "All snapshots as (stage, epoch, file), in the order in which the stages ran, each by epoch."
     found = []
@@ -217,30 +253,30 @@ def _snapshots(self: Run) -> list[tuple[str, int, Path]]:
     order = {s: i for i, s in enumerate(self.about.get("stages", []))}
     return sorted(found, key=lambda f: (order.get(f[0], len(order)), f[0], f[1]))
 
-# %% ../../nbs/engine/runs.ipynb #cell-38
+Run.snapshots = _snapshots
+
+# %% ../../nbs/engine/runs.ipynb #cell-43
 def _samples(self: Run) -> dict[str, np.ndarray]:
     "The fixed per-sample arrays: index, given and, where known, true labels, in training order."
     return load_arrays(self.path / "samples.npz")
 
-# %% ../../nbs/engine/runs.ipynb #cell-39
-Run.save_snapshot, Run.snapshots, Run.samples = _save_snapshot, _snapshots, _samples
+Run.samples = _samples
 
-# %% ../../nbs/engine/runs.ipynb #cell-42
+# %% ../../nbs/engine/runs.ipynb #cell-46
 def keeps_snapshot(
     epoch: int,  # counted from 0
     epochs: int,  # how many the stage has
 ) -> bool:
-    "Whether the snapshot of this epoch is kept: the first 20, the last, and otherwise each at least 5 % after the one before."
+    "Whether this epoch's snapshot is kept: the first 20, the last, others at least 5 % after the one before."
     if epoch < 20 or epoch == epochs - 1: return True
     kept = 19
     while kept < epoch: kept += max(1, round(0.05 * kept))
     return kept == epoch
 
-# %% ../../nbs/engine/runs.ipynb #cell-45
+# %% ../../nbs/engine/runs.ipynb #cell-49
 def _series(self: Run, name: str, stage: str | None = None) -> list[float]:
     "The values of one metric over the epochs where it was recorded, of one stage or of all."
     rows = self.metrics.read()[0]
     return [r[name] for r in rows if name in r and (stage is None or r["stage"] == stage)]
 
-# %% ../../nbs/engine/runs.ipynb #cell-46
 Run.series = _series
