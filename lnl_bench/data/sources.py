@@ -6,7 +6,7 @@
 __all__ = ['CACHE_FROM', 'CIFAR_N_LICENCE', 'LICENCES', 'CIFAR10_CLASSES', 'PICTURES', 'IN_MEMORY', 'Images', 'TensorImages',
            'read_picture', 'FileImages', 'cache_folder', 'in_memory', 'Source', 'channel_statistics', 'digits', 'cifar',
            'image_folder', 'read_table', 'class_numbers', 'csv_images', 'from_arrays', 'unpack', 'known_sources',
-           'load_source', 'human_labels']
+           'load_source', 'human_file', 'human_labels']
 
 # %% ../../nbs/data/sources.ipynb #cell-2
 import contextlib
@@ -696,7 +696,13 @@ def _row_order(csv: Path, index: Sequence[str], count: int) -> list[int]:
         rows[int(text)] = row
     return [rows[i] for i in range(count)]
 
-# %% ../../nbs/data/sources.ipynb #cell-121
+# %% ../../nbs/data/sources.ipynb #cell-122
+def human_file(name: str, data_dir: str | Path) -> Path:
+    "The CSV file of human labels that comes with a dataset; raises `BadInput` for one that has none."
+    if name == "cifar10-jpeg": return _jpeg_folder(Path(data_dir)) / "cifar10n.csv"
+    raise BadInput(f"{name!r} comes with no human labels; accepted: cifar10-jpeg, or a CSV file of your own (human_csv).")
+
+# %% ../../nbs/data/sources.ipynb #cell-124
 def human_labels(
     csv: str | Path,  # columns index, clean and sets of answers; CIFAR-10N: CC BY-NC 4.0, non-commercial
     column: str,  # the set of answers, such as "worse"

@@ -142,8 +142,8 @@ def _draw_trusted(self: Lab, size: int, view: str = "weak") -> Batch:
     labels, g = self.task.trusted_labels, self.rng("trusted")
     classes = torch.randperm(self.num_classes, generator=g).repeat(-(-size // self.num_classes))[:size]
     members = [(labels == c).nonzero()[:, 0] for c in range(self.num_classes)]
-    draw = lambda of: of[torch.randint(len(of), (), generator=g)]  # noqa: E731
-    index = torch.stack([draw(members[c]) for c in classes.tolist()])
+    of = [members[c] for c in classes.tolist()]
+    index = torch.stack([m[torch.randint(len(m), (), generator=g)] for m in of])
     images = self.view(view, self.task.trusted_index[index])
     return Batch(index.to(self.device), (images,), labels[index].to(self.device))
 
@@ -237,9 +237,9 @@ def _over(
     rows: torch.Tensor,  # which images, as rows of the source
     view: str = "none",  # as in `make_view`
     size: int = 500,  # images at a time
-    images: Callable | None = None,  # rows -> normalised images, where they are not the task's training images
+    images: Callable | None = None,  # rows -> normalised images, where they are not the training images
 ) -> torch.Tensor:
-    "`call` on these images without gradient, joined along the batch, as float32; a network in evaluation mode."
+    "`call` on these images without gradient, as float32 (len(rows), ...); networks in evaluation mode."
     module, outputs = call if isinstance(call, nn.Module) else getattr(call, "__self__", None), []
     training = isinstance(module, nn.Module) and module.training
     if training: module.eval()

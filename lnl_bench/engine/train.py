@@ -8,7 +8,6 @@ __all__ = ['Progress', 'environment', 'peak_memory', 'save_checkpoint', 'load_ch
 
 # %% ../../nbs/engine/train.ipynb #cell-2
 import io
-import os
 import pickle
 import platform
 import re
@@ -28,9 +27,10 @@ import lnl_bench
 from ..data.augment import make_view
 from ..data.checks import BadInput, fingerprint, seed_for
 from ..data.task import truth_of
+from . import metrics
 from .contract import Method, Stage, load_stage_state, stage_state
 from .lab import Lab
-from .metrics import accuracy, label_accuracy, noise_detection, repair_counts, selected, summarise
+from .metrics import accuracy, noise_detection
 from .runs import Run, keeps_snapshot, open_run, save_arrays, write_atomic, write_json
 
 # %% ../../nbs/engine/train.ipynb #cell-5
@@ -47,49 +47,60 @@ class Progress:
         last, live = self.done >= self.total, self.out.isatty()
         if self.show == "off" or not (last or now - self.said > (0.2 if live else 10)): return
         self.said, left = now, (now - self.began) / max(self.done, 1) * (self.total - self.done)
-        end = "\n" if last or not live else ""
-        print(f"{chr(13) if live else ''}{self.done}/{self.total} {text} | {left // 60:.0f}:{left % 60:02.0f} left   ", end=end, file=self.out, flush=True)
+        line = f"{self.done}/{self.total} {text} | {left // 60:.0f}:{left % 60:02.0f} left   "
+        start, end = "\r" if live else "", "\n" if last or not live else ""
+        print(f"{start}{line}", end=end, file=self.out, flush=True)
 
 # %% ../../nbs/engine/train.ipynb #cell-8
+def _commit() -> str | None:
+    "The commit of the code that runs, marked where it has changed since; None outside a repository."
+    here = str(Path(lnl_bench.__file__).parent)
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
+                         capture_output=True, text=True)
+    return git.stdout.strip() or None
+
+# %% ../../nbs/engine/train.ipynb #cell-9
 def environment(device: torch.device) -> dict:
     "Versions, machine and commit, for a run's record."
-    git = subprocess.run(["git", "-C", str(Path(lnl_bench.__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True,
-                         text=True)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"lnl_bench": lnl_bench.__version__, "commit": git.stdout.strip() or None, "python": platform.python_version(),
-            "torch": torch.__version__, "numpy": np.__version__, "system": platform.platform(terse=True), "device": name,
-            "threads": torch.get_num_threads()}
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return {"lnl_bench": lnl_bench.__version__, "commit": _commit(), "python": platform.python_version(),
+            "torch": torch.__version__, "numpy": np.__version__, "system": platform.platform(terse=True),
+            "device": gpu or platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
 
-# %% ../../nbs/engine/train.ipynb #cell-10
+# %% ../../nbs/engine/train.ipynb #cell-11
 def peak_memory(device: torch.device) -> int:
     "The most memory held so far, in bytes: of the GPU where one is used, otherwise of this process."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../../nbs/engine/train.ipynb #cell-13
-def save_checkpoint(run: Run, state: dict) -> None:
-    "Replace the run's checkpoint in one step."
+# %% ../../nbs/engine/train.ipynb #cell-14
+def save_checkpoint(
+    run: Run,  # whose checkpoint it is
+    state: dict,  # nested dictionaries and lists of tensors, numbers, text, None
+) -> None:
+    "Replace the run's checkpoint in one step; raises `BadInput` where it cannot be written."
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomic(run.path / "checkpoint.pt", buffer.getvalue())
 
-# %% ../../nbs/engine/train.ipynb #cell-14
+# %% ../../nbs/engine/train.ipynb #cell-15
 def load_checkpoint(run: Run) -> dict | None:
-    "The run's checkpoint, or None where there is none yet; raises `BadInput` where it is damaged."
+    "The run's checkpoint on the CPU, None where there is none yet; raises `BadInput` where it is damaged."
     path = run.path / "checkpoint.pt"
     if not path.exists(): return None
     try: return torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as e:
-        raise BadInput(f"{path} is no readable checkpoint ({type(e).__name__}); remove the run directory to start again.") from None
+        raise BadInput(f"{path} is no readable checkpoint ({type(e).__name__}); "
+                       "remove the run directory to start again.") from None
 
-# %% ../../nbs/engine/train.ipynb #cell-17
+# %% ../../nbs/engine/train.ipynb #cell-18
 class Stopped(Exception):
     "Somebody asked the run to stop; everything up to the last epoch is in its checkpoint."
 
-# %% ../../nbs/engine/train.ipynb #cell-18
+# %% ../../nbs/engine/train.ipynb #cell-19
 class Trainer:
     "Carries out the stages of a method on a task, and writes the run."
-    def __init__(self, method: Method, task, run: Run, lab: Lab, progress: str = "auto", poll: Callable | None = None):
+    def __init__(self, method: Method, task, run: Run, lab: Lab, progress="auto", poll=None):
         self.method, self.task, self.run, self.lab = method, task, run, lab
         self.stages, self.truth = method.stages(), truth_of(task)
         self.given = lab.task.given if lab.task.given.ndim == 1 else lab.task.given.argmax(1)
@@ -97,46 +108,45 @@ class Trainer:
         self.stage, self.epoch = self.stages[0], 0
         self.show, lab.poll, lab.progress = progress, self.poll, progress
 
-# %% ../../nbs/engine/train.ipynb #cell-19
-def _poll(self: Trainer) -> None:
-    "Obey a standing request; looks at the control file at most every 0.2 seconds."
-    if time.monotonic() - self.polled < 0.2: return
-    began = time.monotonic()
-    if self.outer_poll: self.outer_poll()
-    while (request := self.run.requested()) == "pause":
-        if self.run.status()["state"] != "paused": self.say("paused")
-        time.sleep(0.1)
-    self.polled = time.monotonic()
-    if request == "stop": raise Stopped
-    if self.polled - began > 0.1:
-        self.paused += self.polled - began
-        self.say("running")
+    def say(self, state: str, message: str = "") -> None:
+        "Write the run's status; `state` is one of `STATES`."
+        where = {"stage": self.stage.name, "epoch": self.epoch, "epochs": self.stage.epochs}
+        self.run.set_status(state, **where, message=message)
 
-# %% ../../nbs/engine/train.ipynb #cell-20
-def _say(self: Trainer, state: str, message: str = "") -> None:
-    "Write the run's status."
-    self.run.set_status(state, stage=self.stage.name, epoch=self.epoch, epochs=self.stage.epochs, message=message)
+    def poll(self) -> None:
+        "Obey a standing request, raising `Stopped` for a stop; looks at most every 0.2 seconds."
+        if time.monotonic() - self.polled < 0.2: return
+        began = time.monotonic()
+        if self.outer_poll: self.outer_poll()
+        while (request := self.run.requested()) == "pause":
+            if self.run.status()["state"] != "paused": self.say("paused")
+            time.sleep(0.1)
+        self.polled = time.monotonic()
+        if request == "stop": raise Stopped
+        if self.polled - began > 0.1:
+            self.paused += self.polled - began
+            self.say("running")
 
-# %% ../../nbs/engine/train.ipynb #cell-21
-Trainer.poll, Trainer.say = _poll, _say
-
-# %% ../../nbs/engine/train.ipynb #cell-23
+# %% ../../nbs/engine/train.ipynb #cell-24
 def _evaluate(self: Trainer, stage: Stage) -> dict[str, float]:
     "Accuracy on the test and the trusted images, as fractions from 0 to 1."
     if stage.predict is None: return {}
     lab, t, scores = self.lab, self.task, {}
     if t.test_images is not None:
         view = make_view("none", size=t.images.shape[-1], mean=t.mean, std=t.std, pad=t.pad, flip=t.flip)
-        rows = torch.arange(len(t.test_images))
-        logits = lab.over(stage.predict, rows, images=lambda part: view(t.test_images.take(part).to(lab.device), lab.rng("augment")))
+        def shown(part): return view(t.test_images.take(part).to(lab.device), lab.rng("augment"))
+        logits = lab.over(stage.predict, torch.arange(len(t.test_images)), images=shown)
         scores["test_accuracy"] = accuracy(logits.argmax(1).cpu(), t.test_labels)
     if len(t.trusted_index):
-        scores["trusted_accuracy"] = accuracy(lab.predict(stage.predict, which="trusted").argmax(1).cpu(), t.trusted_labels)
+        logits = lab.predict(stage.predict, which="trusted")
+        scores["trusted_accuracy"] = accuracy(logits.argmax(1).cpu(), t.trusted_labels)
     return scores
 
-# %% ../../nbs/engine/train.ipynb #cell-24
+Trainer.evaluate = _evaluate
+
+# %% ../../nbs/engine/train.ipynb #cell-26
 def _judge(self: Trainer, arrays: dict) -> dict[str, float]:
-    "How good corrected labels and clean probabilities are, where the truth is known."
+    "How good corrected labels and clean probabilities (n,) are, where the truth is known."
     scores = {}
     if self.truth is None: return scores
     if "corrected" in arrays: scores["label_accuracy"] = accuracy(arrays["corrected"], self.truth)
@@ -144,41 +154,48 @@ def _judge(self: Trainer, arrays: dict) -> dict[str, float]:
         scores["noise_auc"] = noise_detection(arrays["p_clean"], self.given == self.truth)["auc"]
     return scores
 
-# %% ../../nbs/engine/train.ipynb #cell-25
-Trainer.evaluate, Trainer.judge = _evaluate, _judge
+Trainer.judge = _judge
 
-# %% ../../nbs/engine/train.ipynb #cell-27
+# %% ../../nbs/engine/train.ipynb #cell-29
 def _one_epoch(self: Trainer, stage: Stage) -> dict:
     "Do an epoch and record it; returns the row of metrics."
-    lab, began, self.paused, before = self.lab, time.perf_counter(), 0.0, dict(self.lab.passes)
+    lab, self.paused, before, began = self.lab, 0.0, dict(self.lab.passes), time.perf_counter()
     row = {"stage": stage.name, "epoch": self.epoch, **stage.epoch(lab, self.epoch)}
     seconds = time.perf_counter() - began - self.paused
     arrays = {k: np.asarray(torch.as_tensor(v).detach().cpu()) for k, v in stage.samples(lab).items()}
     with lab.uncounted(): row |= self.evaluate(stage) | self.judge(arrays)
-    if arrays and keeps_snapshot(self.epoch, stage.epochs): self.run.save_snapshot(stage.name, self.epoch, arrays)
-    passes = {k: lab.passes[k] - before[k] for k in before}
+    if arrays and keeps_snapshot(self.epoch, stage.epochs):
+        self.run.save_snapshot(stage.name, self.epoch, arrays)
+    passes = {f"sample_{k}s": lab.passes[k] - before[k] for k in before}
     self.run.metrics.append(row)
-    self.run.clock.append({"stage": stage.name, "epoch": self.epoch, "seconds": seconds, "images_per_second": lab.n / max(seconds, 1e-9),
-                           "sample_forwards": passes["forward"], "sample_backwards": passes["backward"],
+    self.run.clock.append({"stage": stage.name, "epoch": self.epoch, "seconds": seconds, **passes,
+                           "images_per_second": lab.n / max(seconds, 1e-9),
                            "peak_bytes": peak_memory(lab.device)})
     return row
 
-# %% ../../nbs/engine/train.ipynb #cell-28
+Trainer.one_epoch = _one_epoch
+
+# %% ../../nbs/engine/train.ipynb #cell-31
 def _checkpoint(self: Trainer, number: int, epoch: int, stage: Stage | None) -> None:
     "Save everything needed to go on with stage `number` at `epoch`."
-    save_checkpoint(self.run, {"number": number, "epoch": epoch, "stage": None if stage is None else stage_state(stage),
-                               "lab": self.lab.state(), "metrics": self.run.metrics.size(), "clock": self.run.clock.size()})
+    written = {"metrics": self.run.metrics.size(), "clock": self.run.clock.size()}
+    state = {"stage": None if stage is None else stage_state(stage), "lab": self.lab.state()}
+    save_checkpoint(self.run, {"number": number, "epoch": epoch, **state, **written})
 
-# %% ../../nbs/engine/train.ipynb #cell-29
+Trainer.checkpoint = _checkpoint
+
+# %% ../../nbs/engine/train.ipynb #cell-32
 def _restore(self: Trainer) -> tuple[int, int, dict | None]:
-    "Take up the last checkpoint: where to go on, and the state of that stage; drops what was recorded after it."
+    "Where the last checkpoint goes on, and the state of that stage; drops what was recorded after it."
     saved = load_checkpoint(self.run) or {"number": 0, "epoch": 0, "stage": None, "metrics": 0, "clock": 0}
     self.run.metrics.cut(saved["metrics"])
     self.run.clock.cut(saved["clock"])
     if "lab" in saved: self.lab.load_state(saved["lab"])
     return saved["number"], saved["epoch"], saved
 
-# %% ../../nbs/engine/train.ipynb #cell-30
+Trainer.restore = _restore
+
+# %% ../../nbs/engine/train.ipynb #cell-34
 def _run_stage(self: Trainer, number: int, epoch: int, saved: dict | None) -> None:
     "Carry out one stage from `epoch` on, and publish its result."
     stage, self.epoch = self.stages[number], epoch
@@ -195,17 +212,17 @@ def _run_stage(self: Trainer, number: int, epoch: int, saved: dict | None) -> No
         row = self.one_epoch(stage)
         self.checkpoint(number, self.epoch + 1, stage)
         self.say("running")
-        progress.update(f"{stage.name} " + " ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)))
+        numbers = " ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
+        progress.update(f"{stage.name} {numbers}")
     self.lab.publish(stage.name, stage.result(self.lab))
     last = number + 1 == len(self.stages)
     self.checkpoint(number + 1, 0, stage if last else None)
 
-# %% ../../nbs/engine/train.ipynb #cell-31
-Trainer.one_epoch, Trainer.checkpoint, Trainer.restore, Trainer.run_stage = _one_epoch, _checkpoint, _restore, _run_stage
+Trainer.run_stage = _run_stage
 
-# %% ../../nbs/engine/train.ipynb #cell-33
+# %% ../../nbs/engine/train.ipynb #cell-37
 def _exported(self: Trainer) -> dict[str, np.ndarray]:
-    "Corrected label, confidence and clean probability per training sample; empty for methods without a classifier."
+    "Corrected label, confidence and clean probability, each (n,); empty for methods without a classifier."
     given, lab = self.lab.task.given, self.lab
     published = [r for r in lab.results.values() if "labels" in r]
     if published: soft = published[-1].get("soft", published[-1]["labels"]).cpu()
@@ -216,50 +233,70 @@ def _exported(self: Trainer) -> dict[str, np.ndarray]:
     p_clean = soft[torch.arange(lab.n), given] if given.ndim == 1 else (soft * given).sum(1)
     return {"corrected": corrected.numpy(), "confidence": confidence.numpy(), "p_clean": p_clean.numpy()}
 
-# %% ../../nbs/engine/train.ipynb #cell-34
+Trainer.exported = _exported
+
+# %% ../../nbs/engine/train.ipynb #cell-38
 def _export_labels(self: Trainer, out: dict[str, np.ndarray]) -> None:
-    "Write `labels.csv`: index and id in the source, given and corrected label, confidence, clean probability."
+    "Write `labels.csv`: index and id in the source, given and corrected label, confidence, p_clean."
     t, names = self.task, np.asarray(self.task.class_names)
-    table = pd.DataFrame({"index": t.train_index, "id": [t.ids[i] for i in t.train_index.tolist()], "given": names[self.given],
-                          "corrected": names[out["corrected"]], "confidence": out["confidence"], "p_clean": out["p_clean"]})
+    labels = {"given": names[self.given], "corrected": names[out["corrected"]]}
+    scores = {k: out[k] for k in ("confidence", "p_clean")}
+    ids = [t.ids[i] for i in t.train_index.tolist()]
+    table = pd.DataFrame({"index": t.train_index, "id": ids, **labels, **scores})
     write_atomic(self.run.path / "labels.csv", table.to_csv(index=False, float_format="%.6f").encode())
 
-# %% ../../nbs/engine/train.ipynb #cell-35
-def null_nan(value):
-    "The same nested value with None for every NaN, which JSON does not know."
+Trainer.export_labels = _export_labels
+
+# %% ../../nbs/engine/train.ipynb #cell-40
+def null_nan(
+    value,  # nested dictionaries and lists
+):
+    "The same value with None for every NaN, which JSON does not know."
     if isinstance(value, dict): return {k: null_nan(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [null_nan(v) for v in value]
     return None if isinstance(value, float) and value != value else value
 
-# %% ../../nbs/engine/train.ipynb #cell-37
+# %% ../../nbs/engine/train.ipynb #cell-42
+def _repaired(self: Trainer, out: dict[str, np.ndarray]) -> dict:
+    "How good the exported labels are; None for every number where there are none or the truth is unknown."
+    names = ("before", "after", "per_class")
+    keys = (*(f"label_accuracy_{name}" for name in names), "labels", "noise_detection")
+    if not out or self.truth is None: return dict.fromkeys(keys)
+    after = metrics.label_accuracy(out["corrected"], self.truth, self.lab.num_classes)
+    counts = metrics.repair_counts(self.given, out["corrected"], self.truth)
+    found = noise_detection(out["p_clean"], self.given == self.truth)
+    values = (accuracy(self.given, self.truth), after["overall"], after["per_class"], counts, found)
+    return dict(zip(keys, values, strict=True))
+
+Trainer.repaired = _repaired
+
+# %% ../../nbs/engine/train.ipynb #cell-44
 def _summary(self: Trainer, out: dict[str, np.ndarray]) -> dict:
     "Best, last and mean of the last ten epochs, the epoch chosen by the trusted set, label accuracy, cost."
-    stage, rows = self.stages[-1], self.run.clock.read()[0]
-    tests, trusted = self.run.series("test_accuracy", stage.name), self.run.series("trusted_accuracy", stage.name)
-    summary = summarise(tests) if tests else dict.fromkeys(("best", "best_epoch", "last", "last10"))
-    summary["selected_by_trusted"] = selected(tests, trusted) if tests and trusted else None
-    judged = bool(out) and self.truth is not None
-    given, c = self.given, self.lab.num_classes
-    summary["label_accuracy_before"] = accuracy(given, self.truth) if judged else None
-    after = label_accuracy(out["corrected"], self.truth, c) if judged else {"overall": None, "per_class": None}
-    summary |= {"label_accuracy_after": after["overall"], "label_accuracy_per_class": after["per_class"]}
-    summary["labels"] = repair_counts(given, out["corrected"], self.truth) if judged else None
-    summary["noise_detection"] = noise_detection(out["p_clean"], given == self.truth) if judged else None
-    return null_nan(summary) | {"seconds": sum(r["seconds"] for r in rows), "passes": dict(self.lab.passes), "peak_bytes": peak_memory(self.lab.device)}
+    name, clock = self.stages[-1].name, self.run.clock.read()[0]
+    tests, trusted = (self.run.series(f"{which}_accuracy", name) for which in ("test", "trusted"))
+    scores = metrics.summarise(tests) if tests else dict.fromkeys(("best", "best_epoch", "last", "last10"))
+    scores["selected_by_trusted"] = metrics.selected(tests, trusted) if tests and trusted else None
+    cost = {"seconds": sum(r["seconds"] for r in clock), "passes": dict(self.lab.passes)}
+    return null_nan(scores | self.repaired(out)) | cost | {"peak_bytes": peak_memory(self.lab.device)}
 
-# %% ../../nbs/engine/train.ipynb #cell-38
-Trainer.exported, Trainer.export_labels, Trainer.summary = _exported, _export_labels, _summary
+Trainer.summary = _summary
 
-# %% ../../nbs/engine/train.ipynb #cell-39
+# %% ../../nbs/engine/train.ipynb #cell-46
 def _describe_task(self: Trainer) -> None:
-    "Write what the views need to know of the task: class names, noise identity, given and, where known, true labels."
-    t = self.task
-    write_json(self.run.path / "task.json", {"name": t.name, "class_names": list(t.class_names), "noise": t.noise, "split": t.split,
-                                             "history": list(t.history), "n": self.lab.n, "trusted": len(t.trusted_index)})
+    "Write what views need of the task: class names, noise identity, given and, where known, true labels."
+    t, path = self.task, self.run.path
+    counts = {"n": self.lab.n, "trusted": len(t.trusted_index)}
+    record = {"name": t.name, "noise": t.noise, "split": t.split, **counts}
+    lists = {"class_names": list(t.class_names), "history": list(t.history)}
+    write_json(path / "task.json", record | lists)
     known = {} if self.truth is None else {"true": self.truth.numpy()}
-    save_arrays(self.run.path / "samples.npz", {"index": t.train_index.numpy(), "given": self.given.numpy(), **known})
+    labels = {"index": t.train_index.numpy(), "given": self.given.numpy(), **known}
+    save_arrays(path / "samples.npz", labels)
 
-# %% ../../nbs/engine/train.ipynb #cell-40
+Trainer.describe_task = _describe_task
+
+# %% ../../nbs/engine/train.ipynb #cell-48
 def _fit(self: Trainer) -> None:
     "Carry out all stages that are not done yet."
     self.describe_task()
@@ -278,18 +315,37 @@ def _fit(self: Trainer) -> None:
     self.epoch = self.stage.epochs
     self.say("finished")
 
-# %% ../../nbs/engine/train.ipynb #cell-41
-Trainer.describe_task, Trainer.fit = _describe_task, _fit
+Trainer.fit = _fit
 
-# %% ../../nbs/engine/train.ipynb #cell-43
-def run_name(identity: dict) -> str:
-    "A readable, unique directory name: data, noise, method, preset, seed, and eight digits of the configuration's fingerprint."
-    t = identity["task"]
-    noise = f"{t['noise']['kind']}-{t['noise']['nominal']:g}" if t["noise"].get("nominal") is not None else t["noise"]["kind"]
-    parts = (t["name"], noise, identity["method"], identity["preset"], f"s{identity['seed']}", fingerprint(identity)[:8])
-    return re.sub(r"[^A-Za-z0-9._=-]+", "_", "-".join(parts))
+# %% ../../nbs/engine/train.ipynb #cell-51
+def run_name(
+    identity: dict,  # what must agree for a run to be continued, as `train` writes it
+) -> str:
+    "A readable, unique directory name: data, noise, method, preset, seed, eight digits of the fingerprint."
+    t, noise = identity["task"], identity["task"]["noise"]
+    rate = "" if noise.get("nominal") is None else f"-{noise['nominal']:g}"
+    what = (t["name"], f"{noise['kind']}{rate}", identity["method"], identity["preset"])
+    name = "-".join((*what, f"s{identity['seed']}", fingerprint(identity)[:8]))
+    return re.sub(r"[^A-Za-z0-9._=-]+", "_", name)
 
-# %% ../../nbs/engine/train.ipynb #cell-44
+# %% ../../nbs/engine/train.ipynb #cell-53
+def _train_alone(trainer: Trainer) -> None:
+    "Train while holding the run's lock, with random state of its own; whatever happens, the status tells it."
+    path, device = trainer.run.path, trainer.lab.device
+    try: lock = filelock.FileLock(path / ".lock").acquire(timeout=0)
+    except filelock.Timeout:
+        raise BadInput(f"{path} is being written by another process; pause or stop that one first.") from None
+    with lock, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed_for(trainer.lab.seed, "global"))
+        (path / "control.json").unlink(missing_ok=True)
+        try: trainer.fit()
+        except Stopped: trainer.say("stopped")
+        except BaseException as e:
+            state = "stopped" if isinstance(e, KeyboardInterrupt) else "failed"
+            trainer.say(state, f"{type(e).__name__}: {e}")
+            raise
+
+# %% ../../nbs/engine/train.ipynb #cell-55
 def train(
     method: Method,  # what to train
     task,  # on what
@@ -305,27 +361,17 @@ def train(
     cache_dir: Path | str | None = None,  # of pre-trained features; `runs_dir`/cache by default
     poll: Callable | None = None,  # of an outer run
 ) -> Run:
-    "Train `method` on `task`, or continue where an interrupted run stopped; returns the run, finished unless somebody stopped it."
+    """Train `method` on `task`, or continue where an interrupted run stopped.
+
+    Returns the run, finished unless somebody stopped it. Raises `BadInput` before any work where the task
+    lacks what the method needs, a value is not accepted, or `run_dir` belongs to another configuration."""
     method.check(task)
-    lab = Lab(task, seed=seed, device=device, precision=precision, compile=compile, cache_dir=Path(cache_dir or Path(runs_dir) / "cache"))
-    identity = {"method": method.name, "config": method.describe(), "preset": preset, "seed": seed, "task": task.identity(),
-                "precision": str(lab.precision).removeprefix("torch."), "compile": compile}
-    path = Path(run_dir) if run_dir else Path(runs_dir) / run_name(identity)
-    run = open_run(path, identity, {"environment": environment(lab.device), "stages": [s.name for s in method.stages()]})
+    cache = Path(cache_dir or Path(runs_dir) / "cache")
+    lab = Lab(task, seed=seed, device=device, precision=precision, compile=compile, cache_dir=cache)
+    how = {"preset": preset, "seed": seed, "precision": str(lab.precision).removeprefix("torch.")}
+    what = {"method": method.name, "config": method.describe(), "task": task.identity()}
+    identity = what | how | {"compile": compile}
+    about = {"environment": environment(lab.device), "stages": [s.name for s in method.stages()]}
+    run = open_run(Path(run_dir) if run_dir else Path(runs_dir) / run_name(identity), identity, about)
     if not run.finished: _train_alone(Trainer(method, task, run, lab, progress, poll))
     return run
-
-# %% ../../nbs/engine/train.ipynb #cell-45
-def _train_alone(trainer: Trainer) -> None:
-    "Train while holding the run's lock, with random state of its own, and leave a truthful status whatever happens."
-    try: lock = filelock.FileLock(trainer.run.path / ".lock").acquire(timeout=0)
-    except filelock.Timeout:
-        raise BadInput(f"{trainer.run.path} is being written by another process; pause or stop that one first.") from None
-    with lock, torch.random.fork_rng(devices=[trainer.lab.device] if trainer.lab.device.type == "cuda" else []):
-        torch.manual_seed(seed_for(trainer.lab.seed, "global"))
-        (trainer.run.path / "control.json").unlink(missing_ok=True)
-        try: trainer.fit()
-        except Stopped: trainer.say("stopped")
-        except BaseException as e:
-            trainer.say("stopped" if isinstance(e, KeyboardInterrupt) else "failed", f"{type(e).__name__}: {e}")
-            raise

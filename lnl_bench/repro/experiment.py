@@ -16,7 +16,7 @@ import torch
 
 from ..data.checks import BadInput, Config, build, fingerprint, one_of, setting
 from ..data.noise import Noise, make_noise, parse_spec, restricted
-from ..data.sources import Source, load_source
+from ..data.sources import Source, human_file, load_source
 from ..data.task import Task, make_task, subset
 from ..engine.contract import REGISTRY
 from ..engine.runs import Run, write_atomic
@@ -83,11 +83,12 @@ def noise_spec(p: Parameters) -> str:
 # %% ../../nbs/repro/experiment.ipynb #cell-16
 def noise_on(source: Source, spec: str, seed: int, dataset: str, data_dir: str | Path) -> Noise:
     "The noise `spec` for the labels of a source, which may be a subset of the dataset."
-    name, _, part = dataset.partition("[")
-    if not (part and spec.startswith("human:")): return make_noise(spec, source.labels, source.num_classes, seed, dataset=name, source=source)
+    name = dataset.partition("[")[0]
+    if not spec.startswith("human:"): return make_noise(spec, source.labels, source.num_classes, seed, dataset=name, source=source)
     whole = load_source(name, data_dir)
+    file = human_file(name, data_dir)
+    noise = make_noise(spec, whole.labels, whole.num_classes, seed, dataset=name, source=whole, human_csv=file)
     place = {one: i for i, one in enumerate(whole.ids)}
-    noise = make_noise(spec, whole.labels, whole.num_classes, seed, dataset=name, source=whole)
     return restricted(noise, whole.labels, torch.tensor([place[one] for one in source.ids]), source.name)
 
 # %% ../../nbs/repro/experiment.ipynb #cell-17
