@@ -120,6 +120,12 @@ class Experiment:
         self.runs[label] = train(m, self.task, runs_dir=p.runs_dir, preset=p.preset, seed=p.seed)
         return self.runs[label]
 
+    def finished(self) -> dict[str, Run]:
+        "The runs by label; raises `SystemExit` where somebody stopped one, since a page about half a result would mislead."
+        stopped = [label for label, run in self.runs.items() if not run.finished]
+        if stopped: raise SystemExit(f"stopped before the end: {', '.join(stopped)}; run this notebook again to go on.")
+        return self.runs
+
     def __repr__(self):
         p = self.parameters
         return f"{self.page}: {self.task!r}; preset {p.preset}, seed {p.seed}; runs go to {p.runs_dir}, results to {self.folder}"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALE', 'TILE', 'matrix_heatmap', 'class_axes', 'noise_title', 'transition_figure', 'png', 'sheet', 'caption',
-           'examples_figure']
+           'drawn', 'examples_figure']
 
 # %% ../../nbs/views/noise.ipynb #cell-2
 import base64
@@ -146,8 +146,14 @@ def _add_captions(fig: go.Figure, titles, size: tuple[int, int], columns: int, g
                       line=dict(color=COLOURS["noisy"], dash="dash", width=3))
     return count
 
-# %% ../../nbs/views/noise.ipynb #cell-27
-TILE = 125  # width of a picture with its gaps on the screen, in pixels: eight of them stand side by side
+# %% ../../nbs/views/noise.ipynb #cell-28
+def drawn(pixels: np.ndarray) -> dict:
+    "How plotly's image trace gets a sheet (H, W, 4): `z` up to 30,000 numbers, otherwise `source`."
+    if pixels.size <= 30_000: return {"z": pixels, "colormodel": "rgba256"}
+    return {"source": f"data:image/png;base64,{base64.b64encode(png(pixels)).decode()}"}
+
+# %% ../../nbs/views/noise.ipynb #cell-30
+TILE = 100  # width of a picture with its gaps on the screen, in pixels: eight of them stand side by side
 
 
 def examples_figure(
@@ -163,8 +169,7 @@ def examples_figure(
     (h, w), gap = images.shape[2:], -(-images.shape[3] // 12)
     top = -(-w * 2 // 5)
     pixels = sheet(images, columns, gap, top)
-    encoded = base64.b64encode(png(pixels)).decode()
-    fig = go.Figure(go.Image(source=f"data:image/png;base64,{encoded}", hoverinfo="skip"))
+    fig = go.Figure(go.Image(**drawn(pixels), hoverinfo="skip"))
     wrong = _add_captions(fig, titles, (h, w), columns, gap, top)
     note = f"{wrong} of {len(images)} labels are wrong: ✗ and a dashed frame." if wrong else ""
     layout(fig, title, note=note)
