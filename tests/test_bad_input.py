@@ -28,7 +28,8 @@ from lnl_bench.methods.cross_entropy import TrainOnLabels
 def lnl_process(*arguments, cwd, **options):
     "The command in a process of its own, as a user runs it."
     command = [sys.executable, "-m", "lnl_bench", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, **options)
+    options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "timeout": 120, **options}
+    return subprocess.run(command, cwd=cwd, **options)
 
 
 def lnl(*arguments, cwd):
@@ -50,7 +51,8 @@ def refused(done, *words):
     for word in words: assert word in last, (word, last)
 
 
-def files_below(folder): return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+def files_below(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
 @pytest.fixture
@@ -67,7 +69,8 @@ def pictures(tmp_path):
     return tmp_path
 
 
-PURIFY = ("purify", "linear-probe", "--images", "pictures", "--out", "out.csv", "--trusted", "trusted.csv", "--set", "representation=pixels")
+PURIFY = ("purify", "linear-probe", "--images", "pictures", "--out", "out.csv", "--trusted", "trusted.csv",
+          "--set", "representation=pixels")  # fmt: skip
 
 
 def test_purify_works_on_the_good_folder(pictures):
@@ -108,7 +111,8 @@ def test_refused_before_any_work(arguments, words, tmp_path):
 
 
 def test_the_same_in_a_process_of_its_own(tmp_path):
-    refused(lnl_process("repro", "dmlp", "-p", "nosie", "0.9", cwd=tmp_path), "'nosie'", "Did you mean 'noise'?")
+    done = lnl_process("repro", "dmlp", "-p", "nosie", "0.9", cwd=tmp_path)
+    refused(done, "'nosie'", "Did you mean 'noise'?")
     assert files_below(tmp_path) == []
 
 
@@ -170,12 +174,15 @@ def test_run_directory_of_another_configuration(tmp_path):
     method = configured("cross-entropy", task, "smoke")
     run = train(method, task, run_dir=tmp_path / "run", preset="smoke", progress="off")
     before = {f: (run.path / f).read_bytes() for f in files_below(run.path)}
-    with pytest.raises(BadInput, match="seed: 0 -> 1"): train(method, task, run_dir=run.path, preset="smoke", seed=1)
+    with pytest.raises(BadInput, match="seed: 0 -> 1"):
+        train(method, task, run_dir=run.path, preset="smoke", seed=1)
     other = make_task(digits(), "symmetric:0.6", trusted_per_class=5, seed=0)
-    with pytest.raises(BadInput, match="nominal: 0.5 -> 0.6"): train(method, other, run_dir=run.path, preset="smoke")
+    with pytest.raises(BadInput, match="nominal: 0.5 -> 0.6"):
+        train(method, other, run_dir=run.path, preset="smoke")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(BadInput, match="holds other files"): train(method, task, run_dir=tmp_path / "mine", preset="smoke")
+    with pytest.raises(BadInput, match="holds other files"):
+        train(method, task, run_dir=tmp_path / "mine", preset="smoke")
     assert {f: (run.path / f).read_bytes() for f in files_below(run.path)} == before
     assert files_below(tmp_path / "mine") == ["thesis.txt"]
 
@@ -187,7 +194,8 @@ def test_two_processes_on_one_run(tmp_path):
 
     class Watched(TrainOnLabels):
         def epoch(self, lab, epoch):
-            with pytest.raises(BadInput, match="being written by another process"): train(method, task, **options)
+            with pytest.raises(BadInput, match="being written by another process"):
+                train(method, task, **options)
             return super().epoch(lab, epoch)
 
     class Second(type(method)):
@@ -197,8 +205,9 @@ def test_two_processes_on_one_run(tmp_path):
 
 
 def test_disk_full_while_writing_a_checkpoint(tmp_path, monkeypatch):
-    "The third checkpoint meets a full disk: a clear refusal, the second one is whole, and the run goes on from there."
-    task = make_task(digits(), make_noise("symmetric:0.5", digits().labels, 10, seed=0), trusted_per_class=5, seed=0)
+    "The third checkpoint meets a full disk: a clear refusal; the run goes on from the second one."
+    noise = make_noise("symmetric:0.5", digits().labels, 10, seed=0)
+    task = make_task(digits(), noise, trusted_per_class=5, seed=0)
     method = configured("cross-entropy", task, "smoke", {"epochs": 4})
     whole = train(method, task, run_dir=tmp_path / "whole", preset="smoke", progress="off")
     real, count = os.fsync, []
@@ -213,16 +222,18 @@ def test_disk_full_while_writing_a_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match=r"checkpoint\.pt could not be written: No space left on device"):
         train(method, task, run_dir=tmp_path / "run", preset="smoke", progress="off")
     run = runs.Run(tmp_path / "run")
-    assert load_checkpoint(run)["epoch"] == 2 and run.status()["state"] == "failed" and "No space left" in run.status()["message"]
+    assert load_checkpoint(run)["epoch"] == 2
+    assert run.status()["state"] == "failed" and "No space left" in run.status()["message"]
     assert not [f for f in files_below(run.path) if f.startswith(".checkpoint")]
     monkeypatch.undo()
     train(method, task, run_dir=run.path, preset="smoke", progress="off")
-    for name in ("metrics.jsonl", "labels.csv"): assert (run.path / name).read_bytes() == (whole.path / name).read_bytes()
+    for name in ("metrics.jsonl", "labels.csv"):
+        assert (run.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
 def test_disk_full_at_the_command_line(tmp_path):
     "A real failing write: the process may not make files above 200 kB, so no checkpoint fits."
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
     command = ("train", "cross-entropy", "--noise", "symmetric:0.5", "--preset", "smoke")
     done = lnl_process(*command, cwd=tmp_path, preexec_fn=limit)
     refused(done, "checkpoint.pt could not be written")

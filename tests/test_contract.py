@@ -1,4 +1,4 @@
-"""One contract for every registered method: it trains, repeats to the bit, resumes to the bit, exports every label."""
+"""One contract for all registered methods: it trains, repeats and resumes to the bit, exports every label."""
 
 import json
 import math
@@ -23,7 +23,8 @@ CLASSIFIERS = [name for name in METHODS if REGISTRY[name].family != "representat
 @pytest.fixture(scope="module")
 def task():
     source = subset(digits(), 400, seed=0)
-    return make_task(source, make_noise("symmetric:0.5", source.labels, 10, seed=0), trusted_per_class=5, seed=0)
+    noise = make_noise("symmetric:0.5", source.labels, 10, seed=0)
+    return make_task(source, noise, trusted_per_class=5, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,10 @@ def test_trains_with_finite_numbers(name, finished):
     rows = run.metrics.read()[0]
     assert rows, "no epoch was recorded"
     for row in rows:
-        for key, value in row.items(): assert isinstance(value, (str, int)) or math.isfinite(value), (key, value)
-    json.loads((run.path / "result.json").read_text(), parse_constant=lambda c: pytest.fail(f"result.json holds {c}"))
+        for key, value in row.items():
+            assert isinstance(value, (str, int)) or math.isfinite(value), (key, value)
+    def refuse(constant): pytest.fail(f"result.json holds {constant}")
+    json.loads((run.path / "result.json").read_text(), parse_constant=refuse)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -82,7 +85,8 @@ def test_same_seed_same_bits(name, finished, task, folder):
     assert_same_tensors(load_checkpoint(again)["stage"], load_checkpoint(finished(name))["stage"])
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "linear-probe"])  # the probe draws no random number
+# The probe draws no random number.
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "linear-probe"])
 def test_other_seed_other_bits(name, finished, task, folder):
     assert content(fit(name, task, folder, f"{name}-seed1", seed=1)) != content(finished(name))
 
@@ -107,7 +111,7 @@ def test_stopped_and_resumed_equals_uninterrupted(name, part, finished, task, fo
 
 @pytest.fixture(autouse=True)
 def poll_at_every_batch(monkeypatch):
-    "The trainer looks for requests at most every 0.2 s; here it looks before every batch, so that a stop falls anywhere."
+    "The trainer looks for requests at most every 0.2 s; here before every batch: a stop may fall anywhere."
     import lnl_bench.engine.train as t
 
     class Clock:

@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL at a random moment and taken up again ends as if nothing had happened, to the last bit."""
+"""A run killed with SIGKILL at a random moment and taken up again ends the same, to the last bit."""
 
 import os
 import random
@@ -13,14 +13,14 @@ import torch
 from lnl_bench.engine.runs import Run
 from lnl_bench.engine.train import load_checkpoint
 
-COMMAND = ["train", "dmlp-naive", "--noise", "symmetric:0.8", "--preset", "smoke", "--set", "dmlp.epochs=12", "--set", "cross-entropy.epochs=6",
-           "--set", "dmlp.feature_epochs=3", "--json"]  # fmt: skip
+COMMAND = ["train", "dmlp-naive", "--noise", "symmetric:0.8", "--preset", "smoke", "--set", "dmlp.epochs=12",
+           "--set", "cross-entropy.epochs=6", "--set", "dmlp.feature_epochs=3", "--json"]  # fmt: skip
 
 
 def lnl(*arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "lnl_bench", *arguments], env=environment, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True, **options)
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen([sys.executable, "-m", "lnl_bench", *arguments], env=environment, **options)
 
 
 def finish(folder):
@@ -32,7 +32,8 @@ def finish(folder):
 
 
 def content(run):
-    files = [run.path / name for name in ("metrics.jsonl", "labels.csv")] + sorted((run.path / "snapshots").glob("*.npz"))
+    files = [run.path / name for name in ("metrics.jsonl", "labels.csv")]
+    files += sorted((run.path / "snapshots").glob("*.npz"))
     return {f.name: f.read_bytes() for f in files}
 
 

@@ -30,7 +30,8 @@ def test_a_changed_number_is_found(repo, results):
 
 
 def test_every_row_has_its_record(repo, results):
-    rows = {row[KEY]: row for row in (result_row(Run(p.parent)) for p in (repo / "reports" / "runs").glob("*/result.json"))}
+    kept = (repo / "reports" / "runs").glob("*/result.json")
+    rows = {row[KEY]: row for row in (result_row(Run(p.parent)) for p in kept)}
     assert set(results[KEY]) == set(rows), "results.csv and reports/runs hold the same runs"
     for stored in results.to_dict("records"):
         for name, value in rows[stored[KEY]].items():
@@ -40,7 +41,8 @@ def test_every_row_has_its_record(repo, results):
 
 
 def test_provenance_is_whole(results):
-    for name in ("dataset", "noise_type", "noise_hash", "method", "preset", "seed", "device", "torch", "lnl_bench", "commit", "started"):
+    for name in ("dataset", "noise_type", "noise_hash", "method", "preset", "seed",
+                 "device", "torch", "lnl_bench", "commit", "started"):  # fmt: skip
         assert results[name].notna().all(), name
     assert not results["commit"].str.endswith("-dirty").any(), "measured on committed code"
 

@@ -14,8 +14,9 @@ SMOKE = ["-p", "preset", "smoke", "-p", "noise", "0.5"]
 
 
 def run(*command, cwd, **options):
-    return subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=280,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "timeout": 280, **options}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([str(c) for c in command], cwd=cwd, env=environment, **options)
 
 
 def papermill(*arguments, cwd): return run(sys.executable, "-m", "papermill", *arguments, cwd=cwd)
@@ -42,10 +43,12 @@ def executed(notebook, tmp_path_factory):
 @pytest.mark.timeout(300)
 def test_papermill_with_an_output_path(executed):
     table = left_results(executed)
-    assert list(table.index) == ["cross-entropy", "linear probe", "IPC alone", "EAC alone", "DMLP", "DMLP-Naive"]
+    rows = ["cross-entropy", "linear probe", "IPC alone", "EAC alone", "DMLP", "DMLP-Naive"]
+    assert list(table.index) == rows
     assert table.loc["DMLP", "labels after"] > table.loc["DMLP", "labels before"] + 5
     labels = list((executed / "runs").glob("*dmlp-smoke*/labels.csv"))
-    assert labels and {"index", "given", "corrected", "confidence", "p_clean"} <= set(pd.read_csv(labels[0]).columns)
+    columns = {"index", "given", "corrected", "confidence", "p_clean"}
+    assert labels and columns <= set(pd.read_csv(labels[0]).columns)
 
 
 @pytest.mark.timeout(300)
@@ -68,13 +71,15 @@ def test_papermill_piped_prints_the_notebook(notebook, tmp_path, executed):
     source = notebook.read_bytes()
     done = papermill(notebook, *SMOKE, "-p", "method", "dmlp", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["cells"] and list(left_results(tmp_path).index) == ["IPC alone", "EAC alone", "DMLP"]
+    assert json.loads(done.stdout)["cells"]
+    assert list(left_results(tmp_path).index) == ["IPC alone", "EAC alone", "DMLP"]
     assert notebook.read_bytes() == source
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name, value, words", [
-    ("nosie", "0.9", ("'nosie'", "Did you mean 'noise'?")), ("noise", "1.7", ("1.7", "0 to 1")), ("epochs", "abc", ("'abc'", "int"))])
+    ("nosie", "0.9", ("'nosie'", "Did you mean 'noise'?")), ("noise", "1.7", ("1.7", "0 to 1")),
+    ("epochs", "abc", ("'abc'", "int"))])
 def test_papermill_with_a_bad_parameter_fails_before_any_work(name, value, words, notebook, tmp_path):
     done = papermill(notebook, tmp_path / "out.ipynb", "-p", name, value, cwd=tmp_path)
     assert done.returncode != 0

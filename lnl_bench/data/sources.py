@@ -700,7 +700,8 @@ def _row_order(csv: Path, index: Sequence[str], count: int) -> list[int]:
 def human_file(name: str, data_dir: str | Path) -> Path:
     "The CSV file of human labels that comes with a dataset; raises `BadInput` for one that has none."
     if name == "cifar10-jpeg": return _jpeg_folder(Path(data_dir)) / "cifar10n.csv"
-    raise BadInput(f"{name!r} comes with no human labels; accepted: cifar10-jpeg, or a CSV file of your own (human_csv).")
+    raise BadInput(f"{name!r} comes with no human labels; accepted: cifar10-jpeg, or a CSV file of your own "
+                   "(human_csv).")
 
 # %% ../../nbs/data/sources.ipynb #cell-124
 def human_labels(

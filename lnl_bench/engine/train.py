@@ -213,7 +213,8 @@ def _run_stage(self: Trainer, number: int, epoch: int, saved: dict | None) -> No
         self.checkpoint(number, self.epoch + 1, stage)
         self.say("running")
         numbers = " ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
-        progress.update(f"{stage.name} {numbers}")
+        rate = self.run.clock.read()[0][-1]["images_per_second"]
+        progress.update(f"{stage.name} {numbers} | {rate:,.0f} images/s")
     self.lab.publish(stage.name, stage.result(self.lab))
     last = number + 1 == len(self.stages)
     self.checkpoint(number + 1, 0, stage if last else None)
@@ -222,7 +223,7 @@ Trainer.run_stage = _run_stage
 
 # %% ../../nbs/engine/train.ipynb #cell-37
 def _exported(self: Trainer) -> dict[str, np.ndarray]:
-    "Corrected label, confidence and clean probability, each (n,); empty for methods without a classifier."
+    "Corrected label, confidence, p_clean, each (n,), and soft (n, classes); empty without a classifier."
     given, lab = self.lab.task.given, self.lab
     published = [r for r in lab.results.values() if "labels" in r]
     if published: soft = published[-1].get("soft", published[-1]["labels"]).cpu()
@@ -231,7 +232,8 @@ def _exported(self: Trainer) -> dict[str, np.ndarray]:
     if soft.ndim == 1: soft = torch.nn.functional.one_hot(soft, lab.num_classes).float()
     confidence, corrected = soft.max(1)
     p_clean = soft[torch.arange(lab.n), given] if given.ndim == 1 else (soft * given).sum(1)
-    return {"corrected": corrected.numpy(), "confidence": confidence.numpy(), "p_clean": p_clean.numpy()}
+    out = {"corrected": corrected, "confidence": confidence, "p_clean": p_clean, "soft": soft}
+    return {name: value.numpy() for name, value in out.items()}
 
 Trainer.exported = _exported
 
@@ -260,12 +262,13 @@ def null_nan(
 def _repaired(self: Trainer, out: dict[str, np.ndarray]) -> dict:
     "How good the exported labels are; None for every number where there are none or the truth is unknown."
     names = ("before", "after", "per_class")
-    keys = (*(f"label_accuracy_{name}" for name in names), "labels", "noise_detection")
+    keys = (*(f"label_accuracy_{name}" for name in names), "labels", "noise_detection", "calibration_error")
     if not out or self.truth is None: return dict.fromkeys(keys)
     after = metrics.label_accuracy(out["corrected"], self.truth, self.lab.num_classes)
     counts = metrics.repair_counts(self.given, out["corrected"], self.truth)
     found = noise_detection(out["p_clean"], self.given == self.truth)
-    values = (accuracy(self.given, self.truth), after["overall"], after["per_class"], counts, found)
+    error = metrics.calibration(out["soft"], self.truth)["ece"]
+    values = (accuracy(self.given, self.truth), after["overall"], after["per_class"], counts, found, error)
     return dict(zip(keys, values, strict=True))
 
 Trainer.repaired = _repaired

@@ -18,7 +18,8 @@ chain("dmlp-naive", "dmlp", "cross-entropy", "Tu et al., CVPR 2023, Sec. 3.3")
 # %% ../../nbs/methods/catalogue.ipynb #cell-5
 def methods_table() -> list[dict]:
     "One row per method: name, family, paper, needs."
-    return [{"name": m.name, "family": m.family, "paper": m.paper, "needs": list(m.needs)} for m in REGISTRY.values()]
+    keys = ("name", "family", "paper")
+    return [{**{k: getattr(m, k) for k in keys}, "needs": list(m.needs)} for m in REGISTRY.values()]
 
 # %% ../../nbs/methods/catalogue.ipynb #cell-9
 def configured(
@@ -27,6 +28,8 @@ def configured(
     preset: str = "laptop",  # which schedule
     changes: dict | None = None,  # a person's own settings, which overrule the recipe
 ) -> Method:
-    "The method with its recipe for this task and preset, and these changes."
+    """The method with its recipe for this task and preset, and these changes.
+
+    Raises `BadInput` for an unknown method, preset or setting, or a value that is not accepted."""
     settings = recipe(name, task.name, task.noise["kind"], task.noise.get("nominal"), preset)
     return make_method(name, {**settings, **(changes or {})})

@@ -25,9 +25,11 @@ class CrossEntropyConfig(Config):
     rate: float = setting(0.02, "learning rate of SGD", "DivideMix Sec. 4.1", low=0)
     momentum: float = setting(0.9, "momentum of SGD", "DivideMix Sec. 4.1", low=0, high=1)
     weight_decay: float = setting(5e-4, "weight decay of SGD", "DivideMix Sec. 4.1", low=0)
-    schedule: str = setting("step", "learning rate: a tenth from half the epochs on, or half a cosine after a short warm-up",
-                            "DivideMix Sec. 4.1 (step)", choices=("step", "cosine"))
-    view: str = setting("weak", "augmentation of training images, as in `make_view`", "DivideMix released code")
+    schedule: str = setting(
+        "step", "learning rate: a tenth from half the epochs on, or half a cosine after a short warm-up",
+        "DivideMix Sec. 4.1 (step)", choices=("step", "cosine"))
+    view: str = setting(
+        "weak", "augmentation of training images, as in `make_view`", "DivideMix released code")
 
 # %% ../../nbs/methods/cross_entropy.ipynb #cell-8
 def learning_rate(
@@ -57,9 +59,9 @@ class TrainOnLabels(Stage):
     def start(self, lab):
         c = self.config
         self.net = lab.net(c.net)
-        self.optimiser = torch.optim.SGD(self.net.parameters(), c.rate, c.momentum, weight_decay=c.weight_decay, nesterov=c.momentum > 0)
-        self.loss = torch.zeros(lab.n, device=lab.device)
-        self.p_clean = torch.zeros(lab.n, device=lab.device)
+        self.optimiser = torch.optim.SGD(self.net.parameters(), c.rate, c.momentum,
+                                         weight_decay=c.weight_decay, nesterov=c.momentum > 0)
+        self.loss, self.p_clean = (torch.zeros(lab.n, device=lab.device) for _ in range(2))
         self.prediction = torch.zeros(lab.n, dtype=torch.long, device=lab.device)
         given = lab.task.given.to(lab.device)
         self._given = F.one_hot(given, lab.num_classes).float() if given.ndim == 1 else given
@@ -68,28 +70,26 @@ class TrainOnLabels(Stage):
         c, steps = self.config, math.ceil(lab.n / self.config.batch)
         self.net.train()
         for step, batch in enumerate(lab.batches(size=c.batch, views=(c.view,))):
-            self.optimiser.param_groups[0]["lr"] = learning_rate(c.schedule, c.rate, (epoch + step / steps) / c.epochs)
+            rate = learning_rate(c.schedule, c.rate, (epoch + step / steps) / c.epochs)
+            self.optimiser.param_groups[0]["lr"] = rate
             with lab.amp(): logits = self.net(batch.images)
             losses = per_sample_loss(logits, batch.labels)
             lab.step(losses.mean(), self.optimiser)
             self.note(batch.index, losses.detach(), logits.detach().float())
-        fits = (self.prediction == (lab.labels if lab.labels.ndim == 1 else lab.labels.argmax(1))).float().mean()
-        return {"loss": self.loss.mean().item(), "train_accuracy": fits.item(), "rate": self.optimiser.param_groups[0]["lr"]}
+        fits = self.prediction == (lab.labels if lab.labels.ndim == 1 else lab.labels.argmax(1))
+        return {"loss": self.loss.mean().item(), "train_accuracy": fits.float().mean().item(), "rate": rate}
 
     def note(self, index, losses, logits):
         "Remember what the pass through a batch showed of each sample."
         self.loss[index], self.prediction[index] = losses, logits.argmax(1)
         self.p_clean[index] = (logits.softmax(1) * self._given[index]).sum(1)
 
-    def predict(self, images):
-        self.net.eval()
-        return self.net(images)
-
-    def samples(self, lab): return {"loss": self.loss, "p_clean": self.p_clean, "prediction": self.prediction}
+    def predict(self, images): return self.net.eval()(images)
+    def samples(self, lab): return {k: getattr(self, k) for k in ("loss", "p_clean", "prediction")}
 
 # %% ../../nbs/methods/cross_entropy.ipynb #cell-15
 @register("cross-entropy", "baseline", "plain training; DMLP Table 1 row 'Cross-Entropy'")
 class CrossEntropy(Method):
-    "Plain training by cross-entropy on the given labels."
+    "Plain training by cross-entropy on the given labels, hard or soft."
     Config = CrossEntropyConfig
     def stages(self): return [TrainOnLabels(self.config)]

@@ -20,9 +20,10 @@ from ..engine.pretrain import FeatureConfig, features_of
 @dataclasses.dataclass(frozen=True)
 class LinearProbeConfig(FeatureConfig):
     "Settings of the probe; those of the representation come first."
-    strength: float = setting(1.0, "inverse strength C of the L2 penalty, on standardised features", "ours", low=1e-8)
+    strength: float = setting(
+        1.0, "inverse strength C of the L2 penalty, on standardised features", "ours", low=1e-8)
 
-# %% ../../nbs/methods/linear_probe.ipynb #cell-6
+# %% ../../nbs/methods/linear_probe.ipynb #cell-7
 class Probe(Stage):
     "Logistic regression on the trusted images' features."
     name = "probe"
@@ -33,19 +34,20 @@ class Probe(Stage):
         self._train = self._source.train[lab.task.train_index].to(lab.device)
         trusted = self._source.train[lab.task.trusted_index]
         self.mean, self.scale = trusted.mean(0).to(lab.device), trusted.std(0).clamp_min(1e-6).to(lab.device)
+        self._trusted = trusted.to(lab.device)
         self.weight = torch.zeros(lab.num_classes, trusted.shape[1], device=lab.device)
         self.bias = torch.zeros(lab.num_classes, device=lab.device)
         given = lab.task.given.to(lab.device)
         self._given = F.one_hot(given, lab.num_classes).float() if given.ndim == 1 else given
 
     def epoch(self, lab, epoch):
-        trusted = (self._source.train[lab.task.trusted_index].to(lab.device) - self.mean) / self.scale
-        labels = lab.task.trusted_labels.numpy()
-        solver = LogisticRegression(C=self.config.strength, max_iter=2000).fit(trusted.cpu().numpy(), labels)
+        features = ((self._trusted - self.mean) / self.scale).cpu().numpy()
+        solver = LogisticRegression(C=self.config.strength, max_iter=2000)
+        solver.fit(features, lab.task.trusted_labels.numpy())
         rows = torch.as_tensor(solver.classes_).to(lab.device)
-        if len(rows) == 2 == lab.num_classes:  # scikit-learn keeps one row where there are two classes
-            self.weight[1], self.bias[1] = torch.as_tensor(solver.coef_[0]), float(solver.intercept_[0])
-        else: self.weight[rows], self.bias[rows] = (torch.as_tensor(a, dtype=torch.float32).to(lab.device) for a in (solver.coef_, solver.intercept_))
+        if len(rows) == 2 == lab.num_classes: rows = rows[1:]  # of two classes scikit-learn keeps one row
+        for mine, found in ((self.weight, solver.coef_), (self.bias, solver.intercept_)):
+            mine[rows] = torch.as_tensor(found, dtype=torch.float32).to(lab.device)
         return {"iterations": int(solver.n_iter_.max())}
 
     def logits(self, features): return (features - self.mean) / self.scale @ self.weight.T + self.bias
@@ -63,8 +65,9 @@ class Probe(Stage):
         soft = self.logits(self._train).softmax(1)
         return {"labels": soft.argmax(1), "soft": soft}
 
-# %% ../../nbs/methods/linear_probe.ipynb #cell-7
-@register("linear-probe", "baseline", "the trusted-only probe that a purifier has to beat", needs=("trusted set", "pre-training"))
+# %% ../../nbs/methods/linear_probe.ipynb #cell-8
+@register("linear-probe", "baseline", "the trusted-only probe that a purifier has to beat",
+          needs=("trusted set", "pre-training"))
 class LinearProbe(Method):
     "A linear classifier on label-free features, trained on the trusted images alone."
     Config = LinearProbeConfig

@@ -21,7 +21,7 @@ PRESETS = ("smoke", "laptop", "gpu", "paper")
 # %% ../../nbs/methods/recipes.ipynb #cell-5
 @cache
 def recipe_rows() -> pd.DataFrame:
-    "All rows: method, dataset, noise_type, noise, preset (patterns), setting, value, source."
+    "All rows, as text: method, dataset, noise_type, noise, preset (patterns), setting, value, source."
     path = files("lnl_bench") / "assets" / "recipes.csv"
     with path.open() as f: return pd.read_csv(f, dtype=str, keep_default_na=False)
 
@@ -33,16 +33,26 @@ def matching(
     noise: float | None = None,  # nominal rate
     preset: str = "laptop",  # one of `PRESETS`
 ) -> pd.DataFrame:
-    "The rows that apply to a method, in the order in which they apply."
-    one_of("preset", preset, PRESETS)
-    here = {"method": method, "dataset": dataset, "noise_type": noise_type, "noise": "" if noise is None else f"{noise:g}", "preset": preset}
+    "The rows that apply, in the order in which they apply; raises `BadInput` for an unknown preset."
+    here = {"method": method, "dataset": dataset, "noise_type": noise_type,
+            "noise": "" if noise is None else f"{noise:g}", "preset": one_of("preset", preset, PRESETS)}
+    def applies(row): return all(any(fnmatchcase(here[k], p) for p in row[k].split("|")) for k in here)
     rows = recipe_rows()
-    return rows[[all(any(fnmatchcase(here[k], p) for p in row[k].split("|")) for k in here) for row in rows.to_dict("records")]]
+    return rows[[applies(row) for row in rows.to_dict("records")]]
 
-# %% ../../nbs/methods/recipes.ipynb #cell-8
-def recipe(method: str, dataset: str, noise_type: str = "none", noise: float | None = None, preset: str = "laptop") -> dict:
-    "Settings of a method for a dataset, noise and preset, of the types that the method declares; parts of a chain carry their prefix."
+# %% ../../nbs/methods/recipes.ipynb #cell-9
+def recipe(
+    method: str,  # a registered name
+    dataset: str,  # such as "digits"
+    noise_type: str = "none",  # such as "symmetric"
+    noise: float | None = None,  # nominal rate
+    preset: str = "laptop",  # one of `PRESETS`
+) -> dict:
+    """Settings for a dataset, noise and preset, of the types that the method declares.
+
+    Parts of a chain carry their prefix. Raises `BadInput` for an unknown method or preset."""
     parts = getattr(REGISTRY[one_of("method", method, REGISTRY)], "parts", None)
-    if parts: return {f"{p}.{k}": v for p in parts for k, v in recipe(p, dataset, noise_type, noise, preset).items()}
-    rows = matching(method, dataset, noise_type, noise, preset)
+    where = (dataset, noise_type, noise, preset)
+    if parts: return {f"{p}.{k}": v for p in parts for k, v in recipe(p, *where).items()}
+    rows = matching(method, *where)
     return parse_settings(method, dict(zip(rows["setting"], rows["value"], strict=True)))

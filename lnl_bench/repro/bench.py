@@ -15,13 +15,16 @@ from ..data.checks import in_range
 from ..data.noise import make_noise
 from ..data.sources import from_arrays
 from ..data.task import Task, make_task
-from ..engine.lab import Lab
+from ..engine.lab import Lab, pick_device
 from ..engine.train import Progress, peak_memory
 from ..methods.dmlp import DMLPConfig, Purify, ridge_solve, validation_loss
 
 # %% ../../nbs/repro/bench.ipynb #cell-4
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    "The median time of a call, after one that does not count, with the device's queue drained."
+def seconds(
+    call: Callable[[], object],  # what is measured
+    repeats: int,  # how often
+) -> float:
+    "The median time of a call in seconds, after one that does not count, with the device's queue drained."
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -31,24 +34,58 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
     return sorted(times[1:])[repeats // 2]
 
 # %% ../../nbs/repro/bench.ipynb #cell-7
-def blank_task(samples: int, trusted: int, classes: int = 10) -> Task:
-    "A task of four-pixel images with symmetric noise 0.5, for measuring what happens to labels and features alone."
-    labels = torch.arange(samples + trusted) % classes
-    source = from_arrays(torch.zeros(samples + trusted, 2, 2, dtype=torch.uint8), labels, class_names=tuple(map(str, range(classes))), name="blank",
-                         labels_are_true=True)
-    return make_task(source, make_noise("symmetric:0.5", labels, classes, seed=0), trusted_size=trusted, seed=0)
+def blank_task(
+    samples: int,  # training samples
+    trusted: int,  # trusted samples
+    classes: int = 10,  # classes, equally frequent
+) -> Task:
+    "A task of four-pixel images with symmetric noise 0.5, to measure what labels and features alone cost."
+    n = samples + trusted
+    labels, names = torch.arange(n) % classes, tuple(map(str, range(classes)))
+    images = torch.zeros(n, 2, 2, dtype=torch.uint8)
+    source = from_arrays(images, labels, class_names=names, name="blank", labels_are_true=True)
+    noise = make_noise("symmetric:0.5", labels, classes, seed=0)
+    return make_task(source, noise, trusted_size=trusted, seed=0)
 
-# %% ../../nbs/repro/bench.ipynb #cell-9
-def solved_anew(stage: Purify, trusted: torch.Tensor) -> torch.Tensor:
-    "One epoch of IPC's gradient (n, c) by solving each block again and differentiating through the solve."
+# %% ../../nbs/repro/bench.ipynb #cell-10
+def solved_anew(
+    stage: Purify,  # a prepared stage
+    trusted: torch.Tensor,  # (m, d) features of the trusted images
+) -> torch.Tensor:
+    "One epoch of IPC's gradient (n, c): each block solved again, and the solve differentiated."
     parts, c = [], stage.config
     for features, labels in zip(stage._features.split(c.block), stage.labels.split(c.block), strict=True):
         leaf = labels.clone().requires_grad_()
         weights = ridge_solve(features, (c.alpha * leaf).softmax(1), c.ridge)
-        parts.append(torch.autograd.grad(validation_loss(trusted @ weights, stage._trusted_labels, c.loss), leaf)[0])
+        loss = validation_loss(trusted @ weights, stage._trusted_labels, c.loss)
+        parts.append(torch.autograd.grad(loss, leaf)[0])
     return torch.cat(parts)
 
-# %% ../../nbs/repro/bench.ipynb #cell-10
+# %% ../../nbs/repro/bench.ipynb #cell-13
+def _purify_times(d: int, samples: int, trusted: int, epochs: int, bar: Progress) -> list[tuple]:
+    "What is measured at one feature dimension: (name, seconds, detail), the factorised epoch first."
+    lab, g = Lab(blank_task(samples, trusted), device="auto"), torch.Generator().manual_seed(0)
+    held_out = torch.randn(trusted, d, generator=g).to(lab.device)
+    features = torch.randn(samples, d, generator=g).to(lab.device)
+    stage = Purify(DMLPConfig(epochs=epochs))
+    began = time.perf_counter()
+    stage.prepare(lab, features, held_out)
+    prepared = time.perf_counter() - began
+    fast = seconds(stage.correct_intrinsically, 5)
+    bar.update(f"d={d}: factorised")
+    slow = seconds(lambda: solved_anew(stage, held_out), 3)
+    bar.update(f"d={d}: solved anew")
+    began = time.perf_counter()
+    for epoch in range(epochs): stage.epoch(lab, epoch)
+    whole = time.perf_counter() - began + prepared
+    bar.update(f"d={d}: {epochs} epochs")
+    blocks = f"{len(stage._blocks)} blocks, factorised in {prepared:.2f} s"
+    sizes = f"{samples} samples, {trusted} trusted, factorising included"
+    return [(f"IPC epoch, factorised once, d={d}", fast, blocks),
+            (f"IPC epoch, solved anew, d={d}", slow, "same gradient"),
+            (f"{epochs} epochs of IPC and EAC, d={d}", whole, sizes)]
+
+# %% ../../nbs/repro/bench.ipynb #cell-15
 def bench_purify(
     dims: tuple[int, ...] = (512, 2048),  # feature dimensions
     samples: int = 49_000,  # training samples
@@ -56,28 +93,17 @@ def bench_purify(
     epochs: int = 100,  # of IPC and EAC together
     progress: str = "auto",  # or "off"
 ) -> list[dict]:
-    "Rows {name, seconds, ratio, peak_bytes, detail}; ratios against the factorised IPC epoch of the same dimension."
+    """Rows {name, seconds, ratio, peak_bytes, detail}; `BadInput` for a dimension below 2.
+
+    Ratios are against the factorised IPC epoch of the same dimension."""
     rows, bar = [], Progress(3 * len(dims), progress)
     for d in (int(in_range("dim", d, 2)) for d in dims):
-        lab, g = Lab(blank_task(samples, trusted), device="auto"), torch.Generator().manual_seed(0)
-        stage, held_out = Purify(DMLPConfig(epochs=epochs)), torch.randn(trusted, d, generator=g).to(lab.device)
-        features = torch.randn(samples, d, generator=g).to(lab.device)
-        began = time.perf_counter()
-        stage.prepare(lab, features, held_out)
-        prepared = time.perf_counter() - began
-        fast = seconds(stage.correct_intrinsically, 5)
-        bar.update(f"d={d}: factorised")
-        slow = seconds(lambda stage=stage, held_out=held_out: solved_anew(stage, held_out), 3)
-        bar.update(f"d={d}: solved anew")
-        began = time.perf_counter()
-        for epoch in range(epochs): stage.epoch(lab, epoch)
-        whole = time.perf_counter() - began + prepared
-        bar.update(f"d={d}: {epochs} epochs")
-        for name, t, detail in ((f"IPC epoch, factorised once, d={d}", fast, f"{len(stage._blocks)} blocks, factorised in {prepared:.2f} s"),
-                                (f"IPC epoch, solved anew, d={d}", slow, "same gradient"),
-                                (f"{epochs} epochs of IPC and EAC, d={d}", whole, f"{samples} samples, {trusted} trusted, factorising included")):
-            rows.append({"name": name, "seconds": t, "ratio": t / fast, "peak_bytes": peak_memory(lab.device), "detail": detail})
+        times = _purify_times(d, samples, trusted, epochs, bar)
+        peak = peak_memory(pick_device())
+        for name, t, detail in times:
+            row = {"name": name, "seconds": t, "ratio": t / times[0][1]}
+            rows.append(row | {"peak_bytes": peak, "detail": detail})
     return rows
 
-# %% ../../nbs/repro/bench.ipynb #cell-14
+# %% ../../nbs/repro/bench.ipynb #cell-17
 BENCHES = {"purify": bench_purify}

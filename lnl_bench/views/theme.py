@@ -119,7 +119,9 @@ def series(
     metric: str,  # such as "test_accuracy"
     stage: str | None = None,  # of this stage only
 ) -> pd.DataFrame:
-    "One metric: `epoch` (from 1; over all stages, or within `stage`), `stage`, `stage_epoch` (from 0), `value`; perhaps empty."
+    """One metric, perhaps with no rows: `epoch`, `stage`, `stage_epoch` (from 0), `value`.
+
+    `epoch` counts from 1, over all stages, or within `stage` where one is given."""
     starts, rows = stage_starts(run), run.metrics.read()[0]
     if stage is not None: one_of("stage", stage, dict.fromkeys([*run.about.get("stages", []), *starts]))
     rows = [((0 if stage else starts[r["stage"]]) + r["epoch"] + 1, r["stage"], r["epoch"], r[metric])
