@@ -35,8 +35,8 @@ def test_every_row_has_its_record(repo, results):
     assert set(results[KEY]) == set(rows), "results.csv and reports/runs hold the same runs"
     for stored in results.to_dict("records"):
         for name, value in rows[stored[KEY]].items():
-            if value is None: assert pd.isna(stored[name]), name
-            elif isinstance(value, float): assert abs(stored[name] - value) < 1e-9, name
+            if value in (None, ""): assert pd.isna(stored[name]), name
+            elif isinstance(value, (int, float)): assert abs(stored[name] - value) < 1e-9, name
             else: assert str(stored[name]) == str(value), name
 
 

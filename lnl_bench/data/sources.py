@@ -15,6 +15,7 @@ import hashlib
 import html
 import lzma
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -612,6 +613,17 @@ def from_arrays(
                   test_labels=None if test_labels is None else _array_labels(test_labels, class_names))
 
 # %% ../../nbs/data/sources.ipynb #cell-111
+def _extract(tar: tarfile.TarFile, folder: Path) -> None:
+    "Write the plain files below `folder`; links, devices and paths that leave it are refused."
+    for member in tar:  # not extractall: its safe filter is missing before Python 3.11.4
+        place = (folder / member.name).resolve()
+        if not place.is_relative_to(folder) or not (member.isdir() or member.isfile()):
+            raise tarfile.TarError(f"{member.name!r} is no plain file inside it")
+        if member.isdir(): place.mkdir(parents=True, exist_ok=True); continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tar.extractfile(member) as packed, open(place, "xb") as out: shutil.copyfileobj(packed, out)
+
+# %% ../../nbs/data/sources.ipynb #cell-112
 def unpack(
     archive: str | Path,  # a tar file with one folder at its top
     folder: str | Path,  # where that folder shall be, under its own name
@@ -623,7 +635,7 @@ def unpack(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as scratch:
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(scratch, filter="data")
+                _extract(tar, Path(scratch).resolve())
                 while tar.fileobj.read(2**20): pass  # its checksum stands at the end
         except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise BadInput(f"{archive} cannot be unpacked, it is damaged or unsafe ({error}).") from error
@@ -634,7 +646,7 @@ def unpack(
             if not target.is_dir(): raise  # otherwise another process has just put it there
     return target
 
-# %% ../../nbs/data/sources.ipynb #cell-113
+# %% ../../nbs/data/sources.ipynb #cell-114
 def _jpeg_folder(data_dir: Path) -> Path:
     "The folder of cifar10-jpeg: as it lies in `data_dir`, or unpacked from its archive; `BadInput` if none."
     folder, archive = data_dir / "cifar10-jpeg", data_dir / "cifar10-jpeg.tar.xz"
@@ -649,7 +661,7 @@ def _jpeg_folder(data_dir: Path) -> Path:
     unpacked = kept / "cifar10-jpeg"
     return unpacked if unpacked.is_dir() else unpack(archive, kept, "cifar10-jpeg")
 
-# %% ../../nbs/data/sources.ipynb #cell-114
+# %% ../../nbs/data/sources.ipynb #cell-115
 _HOW_JPEG = "copy cifar10-jpeg.tar.xz (CIFAR-10 as JPEG files, with cifar10n.csv) to the data folder."
 
 def known_sources(data_dir: str | Path) -> list[dict]:
@@ -664,7 +676,7 @@ def known_sources(data_dir: str | Path) -> list[dict]:
     rows.append(dict(name="cifar10-jpeg", present=jpeg, how=_HOW_JPEG))
     return [row | dict(licence=LICENCES[row["name"]]) for row in rows]
 
-# %% ../../nbs/data/sources.ipynb #cell-116
+# %% ../../nbs/data/sources.ipynb #cell-117
 def load_source(
     name: str | Path,  # "digits", "cifar10", "cifar100", "cifar10-jpeg", or the path of a folder or CSV file
     data_dir: str | Path = "data",  # where the known datasets are
@@ -682,7 +694,7 @@ def load_source(
     if path.suffix.lower() == ".csv" and path.is_file(): return csv_images(path, size=size)
     one_of("data", str(name), [*known, "the path of a folder of pictures", "the path of a CSV file"])
 
-# %% ../../nbs/data/sources.ipynb #cell-119
+# %% ../../nbs/data/sources.ipynb #cell-120
 def _row_order(csv: Path, index: Sequence[str], count: int) -> list[int]:
     "The row of each index 0 ... `count` - 1; raises `BadInput` unless each of them occurs exactly once."
     if len(index) != count:
@@ -696,14 +708,14 @@ def _row_order(csv: Path, index: Sequence[str], count: int) -> list[int]:
         rows[int(text)] = row
     return [rows[i] for i in range(count)]
 
-# %% ../../nbs/data/sources.ipynb #cell-122
+# %% ../../nbs/data/sources.ipynb #cell-123
 def human_file(name: str, data_dir: str | Path) -> Path:
     "The CSV file of human labels that comes with a dataset; raises `BadInput` for one that has none."
     if name == "cifar10-jpeg": return _jpeg_folder(Path(data_dir)) / "cifar10n.csv"
     raise BadInput(f"{name!r} comes with no human labels; accepted: cifar10-jpeg, or a CSV file of your own "
                    "(human_csv).")
 
-# %% ../../nbs/data/sources.ipynb #cell-124
+# %% ../../nbs/data/sources.ipynb #cell-125
 def human_labels(
     csv: str | Path,  # columns index, clean and sets of answers; CIFAR-10N: CC BY-NC 4.0, non-commercial
     column: str,  # the set of answers, such as "worse"

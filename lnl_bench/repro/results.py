@@ -59,7 +59,7 @@ def result_row(run: Run) -> dict:
         raise BadInput(f"{run.path} is not finished (its state is {state}); accepted: finished runs.")
     about, result, task = run.about, run.result, run.about["task"]
     return {
-        **_asked(about), "epochs": len(run.series("loss", about["stages"][-1])) or None,
+        **_asked(about), "epochs": [r["stage"] for r in run.metrics.read()[0]].count(about["stages"][-1]),
         "trusted": task["m"], "train": task["n"], "seed": about["seed"], **{k: result[k] for k in SCORES},
         "noise_auc": (result["noise_detection"] or {}).get("auc"), **_cost(about, result), "oracle": "none"}
 
