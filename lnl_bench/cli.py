@@ -232,7 +232,7 @@ def repro(
     _execute(notebook, path, values)
     table = pd.read_csv(page_folder(page_of(notebook), chosen) / "table.csv", index_col=0)
     print(table.to_string(na_rep="", justify="right"))
-    print("\nIn percent. labels: training labels that are right; test: accuracy on images that no method saw.")
+    print("\nIn percent. labels: training labels that are right; test: accuracy on images no method saw.")
     print(f"\nexecuted notebook: {path}")
 
 # %% ../nbs/cli.ipynb #cell-45

@@ -54,3 +54,22 @@ def test_speed_claims_hold_in_the_stored_measurement(repo):
     assert by_name["IPC epoch, solved anew, d=2048"]["ratio"] >= 25
     assert by_name["100 epochs of IPC and EAC, d=512"]["seconds"] < 40
     assert by_name["100 epochs of IPC and EAC, d=2048"]["seconds"] < 60
+
+
+def mean(results, method, noise, column, correction=None):
+    "The mean of a column over the seeds of one method on digits; three seeds, or the test fails."
+    rows = results[(results["dataset"] == "digits") & (results["noise_type"] == "symmetric") & (results["noise"] == noise)]
+    rows = rows[(rows["method"] == method) & (rows["preset"] == "laptop")]
+    if correction: rows = rows[rows["variant"].str.contains(f"correction={correction};", regex=False)]
+    assert sorted(rows["seed"]) == [0, 1, 2], (method, noise, correction)
+    return 100 * rows[column].mean()
+
+
+def test_dmlp_on_digits_does_what_the_pages_say(results):
+    both = {n: mean(results, "dmlp", n, "label_accuracy_after", "ipc+eac") for n in (0.2, 0.5, 0.8, 0.9)}
+    assert both[0.9] >= 88
+    assert mean(results, "dmlp-naive", 0.9, "last") - mean(results, "cross-entropy", 0.9, "last") >= 25
+    assert mean(results, "dmlp-naive", 0.9, "best") - mean(results, "cross-entropy", 0.9, "best") >= 25
+    for n in (0.5, 0.8): assert both[n] > mean(results, "linear-probe", n, "label_accuracy_after")
+    for n in both:
+        for alone in ("ipc", "eac"): assert both[n] > mean(results, "dmlp", n, "label_accuracy_after", alone)
