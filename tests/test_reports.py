@@ -58,7 +58,8 @@ def test_speed_claims_hold_in_the_stored_measurement(repo):
 
 def mean(results, method, noise, column, correction=None):
     "The mean of a column over the seeds of one method on digits; three seeds, or the test fails."
-    wanted = {"dataset": "digits", "noise_type": "symmetric", "noise": noise, "method": method, "preset": "laptop"}
+    wanted = {"dataset": "digits", "noise_type": "symmetric", "preset": "laptop", "noise": noise}
+    wanted["method"] = method
     rows = results[[all(row[k] == v for k, v in wanted.items()) for row in results.to_dict("records")]]
     if correction: rows = rows[rows["variant"].str.contains(f"correction={correction};", regex=False)]
     assert sorted(rows["seed"]) == [0, 1, 2], (method, noise, correction)
