@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'DataDir', 'Set', 'Preset', 'Seed', 'RunsDir', 'say', 'as_text', 'show_rows', 'joined', 'pairs',
            'methods', 'data', 'outcome', 'report_run', 'train', 'purify', 'notebook_folder', 'find_notebook', 'page_of',
-           'output_path', 'repro', 'bench', 'report', 'main']
+           'output_path', 'repro', 'watch', 'bench', 'report', 'main']
 
 # %% ../nbs/cli.ipynb #cell-2
 import json
@@ -27,6 +27,7 @@ from .methods.catalogue import configured, methods_table
 from .repro.bench import BENCHES
 from .repro.experiment import Parameters, make_source, noise_on, page_folder, read_parameters
 from .repro.results import fill_blocks, finished_runs, keep_record, merge_results, result_row
+from .watch import watch_run
 
 # %% ../nbs/cli.ipynb #cell-5
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -125,6 +126,7 @@ def train(
         help="Trusted images a class, taken out of the training set.")] = 10,
     preset: Preset = "laptop", seed: Seed = 0, settings: Set = [],  # noqa: B006
     data_dir: str = "data", runs_dir: RunsDir = "runs",
+    run_dir: Annotated[str, typer.Option(help="This run directory instead of one named after the run.")] = "",
     device: str = "auto", precision: str = "auto", download: bool = False, as_json: Json = False,
 ):
     "Train a method; an interrupted run goes on when the same command is given again."
@@ -135,7 +137,7 @@ def train(
     task = make_task(source, noisy, trusted_per_class=trusted or None, seed=seed)
     chosen = configured(method, task, preset, changes)
     say(f"{task!r}\n{chosen!r}")
-    where = {"runs_dir": runs_dir, "device": device, "precision": precision}
+    where = {"runs_dir": runs_dir, "run_dir": run_dir or None, "device": device, "precision": precision}
     report_run(train_method(chosen, task, preset=preset, seed=seed, **where), as_json)
 
 # %% ../nbs/cli.ipynb #cell-29
@@ -237,6 +239,16 @@ def repro(
 
 # %% ../nbs/cli.ipynb #cell-45
 @app.command()
+def watch(
+    run: Annotated[str, typer.Argument(help="A run directory, going on or finished.")],
+    port: Annotated[int, typer.Option(help="Where JupyterLab listens; 0 takes a free port.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open a browser, or only print the address.")] = True,
+):
+    "Open the views of a run in JupyterLab; ending this command does not end the run."
+    watch_run(Path(run), port, "open" if browser else "none")
+
+# %% ../nbs/cli.ipynb #cell-48
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="purify")],
     dim: Annotated[list[int], typer.Option(
@@ -247,7 +259,7 @@ def bench(
     measure = BENCHES[one_of("bench", name, BENCHES)]
     show_rows(measure(tuple(dim), samples, trusted, epochs), as_json)
 
-# %% ../nbs/cli.ipynb #cell-47
+# %% ../nbs/cli.ipynb #cell-50
 @app.command()
 def report(
     runs_dir: RunsDir = "runs",
@@ -269,7 +281,7 @@ def report(
         write_atomic(page, fill_blocks(page.read_text(), table, page.parent).encode())
     if as_json: print(json.dumps(rows))
 
-# %% ../nbs/cli.ipynb #cell-50
+# %% ../nbs/cli.ipynb #cell-53
 def main() -> None:
     "Run the command line: bad input is one line on standard error and exit status 2."
     try: app(joined(sys.argv[1:]))

@@ -31,10 +31,18 @@ class Stage:
     predict = None
 
     def samples(self, lab) -> dict:
-        """Per-sample arrays (n, ...) in training order, for the views.
+        """Per-sample arrays (n, ...) in training order, for the views, from memory: also asked within an epoch.
 
-        Any of loss, p_clean, weight, corrected, confidence, prediction."""
+        Any of loss, p_clean, weight (or λ), corrected, confidence, prediction."""
         return {}
+
+    def extras(self, lab) -> dict:
+        "Small arrays of other shapes for the views, from memory as well; the table below names them."
+        return {}
+
+    def features(self, lab):
+        "Features (k, d) of the samples `lab.shown`, None where there are none; `lab.watch` collects them."
+        return None
 
     def result(self, lab) -> dict:
         """What later stages need, as nested dictionaries of tensors.

@@ -17,6 +17,7 @@ from torch import nn
 from ..data.augment import make_view
 from ..data.checks import BadInput, one_of, seed_for
 from .nets import make_net
+from .record import Watch, shown_samples
 
 # %% ../../nbs/engine/lab.ipynb #cell-5
 def pick_device(
@@ -71,6 +72,8 @@ class Lab:
         self.poll: Callable[[], None] = lambda: None  # called at every batch: where pause and stop are obeyed
         self.progress = "auto"  # whether progress is shown, for work that a stage starts itself
         self._generators: dict[str, torch.Generator] = {}
+
+        self.shown = shown_samples(self.n, seed)  # positions (k,) whose features and pictures views show
 
     @property
     def n(self) -> int: return len(self.task.train_index)
@@ -202,7 +205,14 @@ def _net(self: Lab, name: str, role: str = "net") -> nn.Module:
 
 Lab.net = _net
 
-# %% ../../nbs/engine/lab.ipynb #cell-41
+# %% ../../nbs/engine/lab.ipynb #cell-42
+def _watch(self: Lab, net: nn.Module) -> Watch:
+    "Keeps the features of the samples `shown` as training sees them: state of a stage, told of each batch."
+    return Watch(net, self.shown, self.n)
+
+Lab.watch = _watch
+
+# %% ../../nbs/engine/lab.ipynb #cell-44
 def _amp(self: Lab):
     "A context in which networks run in the run's precision."
     if self.precision is torch.float32: return contextlib.nullcontext()
@@ -210,7 +220,7 @@ def _amp(self: Lab):
 
 Lab.amp = _amp
 
-# %% ../../nbs/engine/lab.ipynb #cell-43
+# %% ../../nbs/engine/lab.ipynb #cell-46
 def _step(self: Lab, loss: torch.Tensor, optimiser: torch.optim.Optimizer) -> None:
     "One plain optimiser step on `loss`."
     optimiser.zero_grad(set_to_none=True)
@@ -219,7 +229,7 @@ def _step(self: Lab, loss: torch.Tensor, optimiser: torch.optim.Optimizer) -> No
 
 Lab.step = _step
 
-# %% ../../nbs/engine/lab.ipynb #cell-44
+# %% ../../nbs/engine/lab.ipynb #cell-47
 @contextlib.contextmanager
 def _uncounted(self: Lab):
     "A context whose passes do not count: evaluation and export are not the method's cost."
@@ -229,7 +239,7 @@ def _uncounted(self: Lab):
 
 Lab.uncounted = _uncounted
 
-# %% ../../nbs/engine/lab.ipynb #cell-47
+# %% ../../nbs/engine/lab.ipynb #cell-50
 @torch.no_grad()
 def _over(
     self: Lab,
@@ -252,7 +262,7 @@ def _over(
 
 Lab.over = _over
 
-# %% ../../nbs/engine/lab.ipynb #cell-48
+# %% ../../nbs/engine/lab.ipynb #cell-51
 def _predict(self: Lab, call: Callable, view: str = "none", which: str = "train") -> torch.Tensor:
     "The output of `call` for all training (or `trusted`) images in order, as `over` gives it."
     rows = {"train": self.task.train_index, "trusted": self.task.trusted_index}
@@ -260,7 +270,7 @@ def _predict(self: Lab, call: Callable, view: str = "none", which: str = "train"
 
 Lab.predict = _predict
 
-# %% ../../nbs/engine/lab.ipynb #cell-51
+# %% ../../nbs/engine/lab.ipynb #cell-54
 def _state(self: Lab) -> dict:
     "All random streams, counters and results of finished stages, for a checkpoint."
     streams = {k: g.get_state() for k, g in self._generators.items()}
@@ -270,7 +280,7 @@ def _state(self: Lab) -> dict:
 
 Lab.state = _state
 
-# %% ../../nbs/engine/lab.ipynb #cell-52
+# %% ../../nbs/engine/lab.ipynb #cell-55
 def _load_state(self: Lab, state: dict) -> None:
     "Go on from a saved state."
     for purpose, saved in state["generators"].items(): self.rng(purpose).set_state(saved)
@@ -281,7 +291,7 @@ def _load_state(self: Lab, state: dict) -> None:
 
 Lab.load_state = _load_state
 
-# %% ../../nbs/engine/lab.ipynb #cell-53
+# %% ../../nbs/engine/lab.ipynb #cell-56
 def _publish(self: Lab, stage: str, result: dict) -> None:
     "Keep what a finished stage leaves; its `labels`, if any, are what later stages train on."
     self.results[stage] = result

@@ -13,8 +13,8 @@ import io
 import json
 import os
 import re
+import secrets
 import socket
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -27,18 +27,20 @@ from ..data.checks import BadInput, one_of
 def write_atomic(
     path: Path,  # file to create or replace
     data: bytes,  # its whole content
+    sync: bool = True,  # wait until it is on the disk; False for what may be lost when the machine fails
 ) -> None:
     """Replace `path` by `data` in one step.
 
     Raises `BadInput` where that fails; then the old file is as it was and no temporary file remains."""
     path = Path(path)
-    try: handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    name = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try: file = open(name, "xb")  # readable by whom the umask lets read, unlike the files of tempfile
     except OSError as e: raise BadInput(f"{path} could not be written: {e.strerror}.") from e
     try:
-        with os.fdopen(handle, "wb") as f:
+        with file as f:
             f.write(data)
             f.flush()
-            os.fsync(f.fileno())
+            if sync: os.fsync(f.fileno())
         os.replace(name, path)
     except BaseException as e:
         with contextlib.suppress(FileNotFoundError): os.unlink(name)
@@ -219,13 +221,14 @@ Run.requested = _requested
 def save_arrays(
     path: Path,  # file to create or replace
     arrays: dict[str, np.ndarray],  # name -> array of numbers or text, of any shape
+    sync: bool = True,  # as in `write_atomic`
 ) -> None:
     "Write named arrays as an `.npz` file in one step; raises `BadInput` for an array of objects."
     objects = [name for name, a in arrays.items() if np.asarray(a).dtype == object]
     if objects: raise BadInput(f"arrays of objects cannot be saved: {', '.join(objects)}.")
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue(), sync)
 
 # %% ../../nbs/engine/runs.ipynb #cell-38
 def load_arrays(
@@ -263,6 +266,24 @@ def _samples(self: Run) -> dict[str, np.ndarray]:
 Run.samples = _samples
 
 # %% ../../nbs/engine/runs.ipynb #cell-46
+def _save_live(self: Run, stage: str, epoch: int, arrays: dict) -> None:
+    "Replace the live state: per-sample arrays of a stage within an epoch."
+    where = {"live.stage": np.array(stage), "live.epoch": np.array(epoch)}
+    save_arrays(self.path / "live.npz", where | arrays, sync=False)
+
+Run.save_live = _save_live
+
+# %% ../../nbs/engine/runs.ipynb #cell-47
+def _live(self: Run) -> tuple[str, int, dict[str, np.ndarray]] | None:
+    "Stage, epoch and arrays of the live state; None where there is none."
+    path = self.path / "live.npz"
+    if not path.exists(): return None
+    arrays = load_arrays(path)
+    return str(arrays.pop("live.stage")), int(arrays.pop("live.epoch")), arrays
+
+Run.live = _live
+
+# %% ../../nbs/engine/runs.ipynb #cell-50
 def keeps_snapshot(
     epoch: int,  # counted from 0
     epochs: int,  # how many the stage has
@@ -273,7 +294,7 @@ def keeps_snapshot(
     while kept < epoch: kept += max(1, round(0.05 * kept))
     return kept == epoch
 
-# %% ../../nbs/engine/runs.ipynb #cell-49
+# %% ../../nbs/engine/runs.ipynb #cell-53
 def _series(self: Run, name: str, stage: str | None = None) -> list[float]:
     "The values of one metric over the epochs where it was recorded, of one stage or of all."
     rows = self.metrics.read()[0]

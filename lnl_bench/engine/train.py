@@ -31,6 +31,7 @@ from . import metrics
 from .contract import Method, Stage, load_stage_state, stage_state
 from .lab import Lab
 from .metrics import accuracy, noise_detection
+from .record import Beat, compact, snapshot_of, thumbnails
 from .runs import Run, keeps_snapshot, open_run, save_arrays, write_atomic, write_json
 
 # %% ../../nbs/engine/train.ipynb #cell-5
@@ -107,6 +108,7 @@ class Trainer:
         self.outer_poll, self.polled, self.paused = poll, 0.0, 0.0
         self.stage, self.epoch = self.stages[0], 0
         self.show, lab.poll, lab.progress = progress, self.poll, progress
+        self.beat = None  # writes the live state, once a stage has begun
 
     def say(self, state: str, message: str = "") -> None:
         "Write the run's status; `state` is one of `STATES`."
@@ -116,6 +118,7 @@ class Trainer:
     def poll(self) -> None:
         "Obey a standing request, raising `Stopped` for a stop; looks at most every 0.2 seconds."
         if time.monotonic() - self.polled < 0.2: return
+        if self.beat: self.beat.now(self.stage, self.lab, self.epoch)
         began = time.monotonic()
         if self.outer_poll: self.outer_poll()
         while (request := self.run.requested()) == "pause":
@@ -164,8 +167,8 @@ def _one_epoch(self: Trainer, stage: Stage) -> dict:
     seconds = time.perf_counter() - began - self.paused
     arrays = {k: np.asarray(torch.as_tensor(v).detach().cpu()) for k, v in stage.samples(lab).items()}
     with lab.uncounted(): row |= self.evaluate(stage) | self.judge(arrays)
-    if arrays and keeps_snapshot(self.epoch, stage.epochs):
-        self.run.save_snapshot(stage.name, self.epoch, arrays)
+    if keeps_snapshot(self.epoch, stage.epochs) and (kept := snapshot_of(stage, lab)):
+        self.run.save_snapshot(stage.name, self.epoch, kept)
     passes = {f"sample_{k}s": lab.passes[k] - before[k] for k in before}
     self.run.metrics.append(row)
     self.run.clock.append({"stage": stage.name, "epoch": self.epoch, "seconds": seconds, **passes,
@@ -206,7 +209,7 @@ def _run_stage(self: Trainer, number: int, epoch: int, saved: dict | None) -> No
         load_stage_state(stage, saved["stage"])
         self.lab.load_state(saved["lab"])  # once more: start() may have drawn random numbers
     self.say("running")
-    progress = Progress(stage.epochs - epoch, self.show)
+    self.beat, progress = Beat(self.run), Progress(stage.epochs - epoch, self.show)
     for self.epoch in range(epoch, stage.epochs):
         self.poll()
         row = self.one_epoch(stage)
@@ -216,7 +219,7 @@ def _run_stage(self: Trainer, number: int, epoch: int, saved: dict | None) -> No
         rate = self.run.clock.read()[0][-1]["images_per_second"]
         progress.update(f"{stage.name} {numbers} | {rate:,.0f} images/s")
     self.lab.publish(stage.name, stage.result(self.lab))
-    last = number + 1 == len(self.stages)
+    last, self.beat = number + 1 == len(self.stages), None
     self.checkpoint(number + 1, 0, stage if last else None)
 
 Trainer.run_stage = _run_stage
@@ -296,6 +299,9 @@ def _describe_task(self: Trainer) -> None:
     known = {} if self.truth is None else {"true": self.truth.numpy()}
     labels = {"index": t.train_index.numpy(), "given": self.given.numpy(), **known}
     save_arrays(path / "samples.npz", labels)
+    if not (path / "shown.npz").exists():
+        pictures = thumbnails(t.images.take(t.train_index[self.lab.shown]))
+        save_arrays(path / "shown.npz", {"position": compact(self.lab.shown), "picture": pictures})
 
 Trainer.describe_task = _describe_task
 
@@ -374,7 +380,8 @@ def train(
     how = {"preset": preset, "seed": seed, "precision": str(lab.precision).removeprefix("torch.")}
     what = {"method": method.name, "config": method.describe(), "task": task.identity()}
     identity = what | how | {"compile": compile}
-    about = {"environment": environment(lab.device), "stages": [s.name for s in method.stages()]}
+    stages = {"stages": [s.name for s in method.stages()], "epochs": [s.epochs for s in method.stages()]}
+    about = {"environment": environment(lab.device), **stages}
     run = open_run(Path(run_dir) if run_dir else Path(runs_dir) / run_name(identity), identity, about)
     if not run.finished: _train_alone(Trainer(method, task, run, lab, progress, poll))
     return run

@@ -274,6 +274,7 @@ def _result(self: Purify, lab) -> dict:
 Purify.correct_intrinsically, Purify.step = _correct_intrinsically, _step
 Purify.train_classifier, Purify.write_back = _train_classifier, _write_back
 Purify.distribution, Purify.samples, Purify.result = _distribution, _samples, _result
+Purify.features = lambda self, lab: self._features[lab.shown.to(lab.device), :-1]  # without the constant
 
 # %% ../../nbs/methods/dmlp.ipynb #cell-40
 @register("dmlp", "purifier", "Tu et al., CVPR 2023 (DMLP)", needs=("trusted set", "pre-training"))

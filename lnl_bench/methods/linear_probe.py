@@ -61,6 +61,8 @@ class Probe(Stage):
         confidence, corrected = p.max(1)
         return {"corrected": corrected, "confidence": confidence, "p_clean": (p * self._given).sum(1)}
 
+    def features(self, lab): return self._train[lab.shown.to(lab.device)]
+
     def result(self, lab):
         soft = self.logits(self._train).softmax(1)
         return {"labels": soft.argmax(1), "soft": soft}
