@@ -24,7 +24,7 @@ from .engine.contract import REGISTRY, parse_settings
 from .engine.runs import Run, write_atomic
 from .engine.train import train as train_method
 from .methods.catalogue import configured, methods_table
-from .repro.bench import BENCHES
+from .repro.bench import BENCHES, run_bench
 from .repro.experiment import Parameters, make_source, noise_on, page_folder, read_parameters
 from .repro.results import fill_blocks, finished_runs, keep_record, merge_results, result_row
 from .watch import watch_run
@@ -250,14 +250,13 @@ def watch(
 # %% ../nbs/cli.ipynb #cell-48
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="purify")],
-    dim: Annotated[list[int], typer.Option(
-        help="Feature dimension; may be repeated.")] = [512, 2048],  # noqa: B006
-    samples: int = 49_000, trusted: int = 1_000, epochs: int = 100, as_json: Json = False,
+    name: Annotated[str, typer.Argument(help=", ".join(BENCHES))],
+    settings: Annotated[list[str], typer.Option(
+        "--set", help="What is measured, as NAME=VALUE; may be repeated.")] = [],  # noqa: B006
+    as_json: Json = False,
 ):
     "Measure, as ratios within one run."
-    measure = BENCHES[one_of("bench", name, BENCHES)]
-    show_rows(measure(tuple(dim), samples, trusted, epochs), as_json)
+    show_rows(run_bench(name, pairs(settings, "--set")), as_json)
 
 # %% ../nbs/cli.ipynb #cell-50
 @app.command()

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import browser
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,3 +45,22 @@ def own_cache(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LNL_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    "JupyterLab for the tests of a file: skipped without a browser, failed where one is required."
+    if reason := browser.why_no_browser():
+        if os.environ.get("LNL_REQUIRE_BROWSER") == "1": pytest.fail(reason)
+        pytest.skip(reason)
+    with browser.Server(tmp_path_factory.mktemp("lab")) as running: yield running
+
+
+@pytest.fixture
+def lab(server, tmp_path):
+    "A fresh page; a failed test's report names a picture of its end and shows all complaints."
+    with browser.Lab(server) as page:
+        yield page
+        if not page.page.is_closed(): print("last seen:", page.screenshot(tmp_path / "end.png"))
+        print("page errors:", *page.page_errors, "console errors:", *page.console_errors, sep="\n  ")
+        print("server:", server.log.read_text()[-1500:])

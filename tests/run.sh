@@ -29,7 +29,8 @@ step "notebooks run" pages
 if ((${#failed[@]})); then printf '\nFAILED so far: %s\n' "${failed[*]}"; fi
 
 printf '\n=== pytest\n'
-"$bin/python" -m pytest -n "$workers" --durations 10 "$@" || failed+=("pytest")
+# loadgroup: tests of one xdist_group, such as those with a browser, run in one worker after another.
+"$bin/python" -m pytest -n "$workers" --dist loadgroup --durations 10 "$@" || failed+=("pytest")
 
 if ((${#failed[@]})); then
     printf 'FAILED: %s\n' "${failed[*]}" >&2

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..data.checks import BadInput
 from ..engine.runs import Run, check_format, load_arrays, read_json
-from .theme import nothing_yet, printable, read_labels, stage_starts
+from .theme import nothing_yet, read_labels, stage_starts
 
 # %% ../../nbs/views/moments.ipynb #cell-5
 @lru_cache(maxsize=64)
@@ -41,7 +41,7 @@ class Moment:
     epoch: int  # within the stage, from 0
     number: int
     live: bool  # whether the epoch is still going on
-    arrays: dict[str, np.ndarray]  # per-sample (n, ...); `features` (k, p), `prototypes` (C, p); `extra.` more
+    arrays: dict[str, np.ndarray]  # (n, ...); `features` (k, p), `prototypes` (C, p); `extra.` more
     given: np.ndarray  # (n,)
     true: np.ndarray | None  # (n,), None where not known
     names: list[str]  # C class names, printable
@@ -80,7 +80,7 @@ def _checked(arrays: dict, n: int, path: Path) -> dict:
     for name, array in arrays.items():
         if name in ("features", "prototypes") or name.startswith("extra."): continue
         if array.ndim == 0 or len(array) != n:
-            raise BadInput(f"{path} has {array.shape} values of {name}; accepted: {n} rows, one a sample.")
+            raise BadInput(f"{path} has {array.shape} values of {name}; accepted: {n}, one a sample.")
     return arrays
 
 # %% ../../nbs/views/moments.ipynb #cell-13
@@ -98,8 +98,9 @@ def read_moment(
     given, true, names = fresh(run.path / "samples.npz", _labels)
     found = recorded_moments(run)
     live = _live_moment(run, found[-1] if found else None) if number is None else None
-    if live: return Moment(run, *live[1:3], live[0], True, _checked(live[3], len(given), run.path / "live.npz"),
-                           given, true, names)
+    if live:
+        arrays = _checked(live[3], len(given), run.path / "live.npz")
+        return Moment(run, *live[1:3], live[0], True, arrays, given, true, names)
     if not found: raise nothing_yet({run.path.name: run}, "snapshot")
     chosen = found[-1] if number is None else next((f for f in found if f[0] == number), None)
     if chosen is None:
