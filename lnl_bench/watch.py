@@ -96,6 +96,7 @@ def served(
 ) -> Iterator[dict]:
     "A JupyterLab server, as `url` and `token`, until the context ends; `BadInput` if it does not start."
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--ServerApp.root_dir={folder}",
+               "--ServerApp.ip=127.0.0.1",
                f"--port={port or 8888}", f"--ServerApp.port_retries={0 if port else 50}",
                *["--allow-root"] * (hasattr(os, "geteuid") and os.geteuid() == 0)]
     log = folder / ".server.log"

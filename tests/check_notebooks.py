@@ -28,7 +28,7 @@ from nbdev.clean import clean_nb
 ROOT = Path(__file__).resolve().parents[1]
 SIZE_LIMIT = 200_000
 WIDGET_OUTPUTS = tuple(f"application/vnd.jupyter.widget-{kind}+json" for kind in ("view", "state"))
-READ_BY_PEOPLE = ("index.ipynb", "lessons/*.ipynb", "repro/*.ipynb")
+READ_BY_PEOPLE = ("index.ipynb", "explore/*.ipynb", "lessons/*.ipynb", "repro/*.ipynb")
 # Every other file of the library comes out of a notebook.
 WRITTEN_BY_HAND = ("__init__.py", "__main__.py")
 

@@ -34,6 +34,15 @@ def train(server, method, run_dir, *more):
     return process, run
 
 
+@pytest.fixture(scope="module")
+def kept(server):
+    "A finished run of eight epochs."
+    process = server.start(*TRAIN, "cross-entropy", "--noise", "symmetric:0.4", "--set", "epochs=8", "--run-dir",
+                           "runs/kept")
+    assert process.wait(120) == 0
+    return Run(server.notebooks / "runs/kept")
+
+
 def watch(server, lab, run_dir):
     "Open a new notebook with the cockpit of a run."
     code = f'from lnl_bench.views.cockpit import cockpit\ncockpit("{run_dir}")'
@@ -56,12 +65,12 @@ def title(lab) -> str:
 
 
 def test_each_view_follows_the_training(lab, server):
-    process, run = train(server, "cross-entropy", "runs/follow")
+    process, run = train(server, "mw-net", "runs/follow")
     watch(server, lab, "runs/follow")
     lab.changes(3, 60)
     assert "Losses by given class" in title(lab)
     shot(lab, "losses")
-    for tab, words, seconds in (("Progress", "Progress", 60), ("Weights", "over epochs", 60),
+    for tab, words, seconds in (("Progress", "Progress", 60), ("Weights", "Weight or λ over epochs", 60),
                                 ("Labels", "abel", 60), ("Prototypes", "class prototypes", 150)):
         lab.tab(tab).click()
         lab.wait(lambda w=words: w in title(lab), seconds, f"the view {tab}: {title(lab)}")
@@ -93,14 +102,13 @@ def test_buttons_steer_a_process_outside(lab, server):
     lab.wait(lambda: "stopped" in lab.text() and not lab.button("Stop").is_enabled(), 10, "the word stopped")
 
 
-def test_replay_shows_the_numbers_of_that_epoch(lab, server):
-    run = Run(server.notebooks / "runs/steer")  # stopped by the test before
-    watch(server, lab, "runs/steer")
+def test_replay_shows_the_numbers_of_that_epoch(lab, server, kept):
+    watch(server, lab, "runs/kept")
     for epoch in (2, 5):
         lab.slider("Epoch", epoch)
         lab.wait(lambda e=epoch: f"epoch {e} |" in title(lab), 20, f"epoch {epoch}")
-        losses = load_arrays(run.snapshots()[epoch - 1][2])["loss"]
-        given, edges = run.samples()["given"], bin_edges(losses)
+        losses = load_arrays(kept.snapshots()[epoch - 1][2])["loss"]
+        given, edges = kept.samples()["given"], bin_edges(losses)
         bars = [t for t in lab.plot_data() if t["type"] == "bar"]
         assert len(bars) == 20
         for c in range(10):
@@ -151,8 +159,8 @@ cockpit(run)
     assert run.status()["state"] == "stopped"
 
 
-def test_lnl_watch_opens_a_cockpit_that_is_already_there(server):
-    process = server.start(sys.executable, "-m", "lnl_bench", "watch", "runs/steer", "--no-browser",
+def test_lnl_watch_opens_a_cockpit_that_is_already_there(server, kept):
+    process = server.start(sys.executable, "-m", "lnl_bench", "watch", "runs/kept", "--no-browser",
                            stdout=-1, text=True)
     address = process.stdout.readline().strip()
     assert address.startswith("http://"), address
@@ -160,7 +168,7 @@ def test_lnl_watch_opens_a_cockpit_that_is_already_there(server):
         lab.page.goto(address)
         lab.page.locator(".js-plotly-plot .main-svg").first.wait_for(state="attached", timeout=60_000)
         lab.wait(lambda: "Losses by given class" in title(lab), 20, "the losses")
-        lab.page.locator(".lm-TabBar-tab").get_by_text("Progress", exact=True).click()
+        lab.page.locator(".widget-tab .lm-TabBar-tab").get_by_text("Progress", exact=True).click()
         lab.wait(lambda: "Progress" in title(lab), 20, "a kernel that answers")
         shot(lab, "lnl-watch")
     process.send_signal(signal.SIGINT)

@@ -8,12 +8,28 @@ __all__ = ['MODULES', 'methods_table', 'configured']
 # %% ../../nbs/methods/catalogue.ipynb #cell-2
 from ..engine import pretrain
 from ..engine.contract import REGISTRY, Method, chain, make_method
-from . import cross_entropy, dmlp, linear_probe
+from lnl_bench.methods import (
+    cdr,
+    co_teaching,
+    cross_entropy,
+    divide_mix,
+    dmlp,
+    forward_correction,
+    gce,
+    l2r,
+    linear_probe,
+    mixup,
+    mw_net,
+)
 from .recipes import recipe
 
 # %% ../../nbs/methods/catalogue.ipynb #cell-4
-MODULES = (pretrain, cross_entropy, linear_probe, dmlp)  # importing them registers their methods
+MODULES = (pretrain, cross_entropy, linear_probe, dmlp, gce, mixup, forward_correction, co_teaching, cdr, divide_mix,
+           l2r, mw_net)  # importing them registers their methods
 chain("dmlp-naive", "dmlp", "cross-entropy", "Tu et al., CVPR 2023, Sec. 3.3")
+chain("dmlp-divide-mix", "dmlp", "divide-mix", "Tu et al., CVPR 2023, Table 1")
+chain("dmlp-co-teaching", "dmlp", "co-teaching", "Tu et al., CVPR 2023, Table 4")
+chain("dmlp-cdr", "dmlp", "cdr", "Tu et al., CVPR 2023, Table 4")
 
 # %% ../../nbs/methods/catalogue.ipynb #cell-5
 def methods_table() -> list[dict]:

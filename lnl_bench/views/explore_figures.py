@@ -249,7 +249,8 @@ def trusted_figure(
     fig.update_layout(showlegend=True,
                       shapes=[dict(type="line", x0=0, x1=1, xref="paper", y0=before, y1=before,
                                                     line=dict(color=COLOURS["text"], dash="dash"))])
-    fig.update_yaxes(range=[min(before, table[measure].min()) - 0.04, max(before, table[measure].max()) + 0.03])
+    values = [before, *table[measure]]
+    fig.update_yaxes(range=[min(values) - 0.04, max(values) + 0.03])
     return percent_axis(fig).update_xaxes(type="log", tickvals=ticks, ticktext=[str(t) for t in ticks])
 
 # %% ../../nbs/views/explore_figures.ipynb #cell-40
