@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ViewsBench', 'Training', 'follow', 'Crowd', 'follower', 'browser_on', 'recording_rows', 'watched_rows',
-           'attached_rows', 'big_spec', 'figure_rows', 'size_rows', 'measure']
+           'chromium_here', 'attached_rows', 'big_spec', 'figure_rows', 'size_rows', 'measure']
 
 # %% ../../nbs/repro/bench_views.ipynb #cell-2
 import contextlib
@@ -46,9 +46,8 @@ class ViewsBench(Config):
     "What is measured."
     net: str = setting("cnn9", "architecture, as in `make_net`", "nine-layer CNN of Co-teaching")
     samples: int = setting(50_000, "training samples", "CIFAR-10", low=100)
-    batch: int = setting(64, "images in a batch", "smaller than the papers' 128: recording weighs more",
-                         low=1)
-    batches: int = setting(2, "in a stretch", "about three seconds on two cores", low=1)
+    batch: int = setting(32, "images in a batch", "a quarter of the papers' 128: recording weighs more", low=1)
+    batches: int = setting(3, "in a stretch", "about two seconds on two cores", low=1)
     pairs: int = setting(20, "of stretches, for each ratio", "ours: two minutes a ratio", low=2)
     updates: int = setting(1000, "of a figure, while memory is looked at", "ours", low=10)
     browser: str = setting("auto", "whether one is measured: where chromium is found, yes or no",
@@ -140,7 +139,7 @@ def follower(run: Run) -> Iterator[subprocess.Popen]:
 def browser_on(run: Run, chromium: str) -> Iterator[list[int]]:
     "JupyterLab with the cockpit of the run, open in a headless browser; the processes that belong to it."
     with tempfile.TemporaryDirectory() as name, served(Path(name)) as server:
-        address = open_session(server, Path(name), run)
+        address = open_session(server, Path(name), run.path)
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                  "--disable-background-networking", "--window-size=1280,800",
                  f"--user-data-dir={name}/profile",
@@ -206,19 +205,26 @@ def _painted(process: subprocess.Popen, awake: float) -> str:
     return f"painted {count} times in about {awake:.0f} s awake, drawing {float(busy) / awake:.1%} of them"
 
 # %% ../../nbs/repro/bench_views.ipynb #cell-19
+def chromium_here(config: ViewsBench) -> str | None:
+    "The browser to measure with; None where none is wanted or found, `BadInput` where one must be found."
+    if config.browser == "no": return None
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found or config.browser == "auto": return found
+    raise BadInput(f"browser = 'yes', and none of {', '.join(names)} is here; accepted: auto, no.")
+
+# %% ../../nbs/repro/bench_views.ipynb #cell-20
 def attached_rows(training: Training, config: ViewsBench, bar: Progress) -> list[dict]:
     "What a second process costs that follows the run, and one with a browser on the same cores."
     with follower(training.run) as process:
         rows = watched_rows(training, config, Crowd([process.pid]), "attached", bar,
                             lambda s: _painted(process, s))
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if config.browser == "no" or (config.browser == "auto" and not chromium): return rows
-    if not chromium: raise BadInput("browser = 'yes', and no chromium was found; accepted: auto, no.")
+    if not (chromium := chromium_here(config)): return rows
     with browser_on(training.run, chromium) as pids:
         return rows + watched_rows(training, config, Crowd(pids), "attached, with a browser", bar,
                                    lambda s: "JupyterLab and headless Chromium on the same cores")
 
-# %% ../../nbs/repro/bench_views.ipynb #cell-21
+# %% ../../nbs/repro/bench_views.ipynb #cell-22
 def big_spec(rng: np.random.Generator) -> dict:
     "Ten histograms, 5,000 points and four curves with new random numbers, in twelve panels."
     def at(i): return dict(xaxis=f"x{i + 1}" if i else "x", yaxis=f"y{i + 1}" if i else "y")
@@ -231,12 +237,12 @@ def big_spec(rng: np.random.Generator) -> dict:
             for i in range(12) for a, b, p in (("x", "y", i % 4), ("y", "x", i // 4))}
     return dict(data=[*bars, cloud, *lines], layout=axes)
 
-# %% ../../nbs/repro/bench_views.ipynb #cell-22
+# %% ../../nbs/repro/bench_views.ipynb #cell-23
 def _resident() -> int:
     "Bytes of memory that this process holds now."
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-# %% ../../nbs/repro/bench_views.ipynb #cell-23
+# %% ../../nbs/repro/bench_views.ipynb #cell-24
 def figure_rows(config: ViewsBench, run: Run, bar: Progress) -> list[dict]:
     "Time of one update, and growth of memory over many; and of the losses of a moment of the run."
     rng, spec = np.random.default_rng(0), {"data": [], "layout": {}}
@@ -263,7 +269,7 @@ def figure_rows(config: ViewsBench, run: Run, bar: Progress) -> list[dict]:
             _row(f"memory after {config.updates:,} updates", float(sum(times)), 1.0,
                  f"grew by {grown / 1e6:.1f} MB")]
 
-# %% ../../nbs/repro/bench_views.ipynb #cell-26
+# %% ../../nbs/repro/bench_views.ipynb #cell-27
 def size_rows(training: Training, config: ViewsBench, epochs: int = 300) -> list[dict]:
     "Bytes of a run of 300 epochs, and the time to open it and draw the losses of an epoch."
     arrays = snapshot_of(training.stage, training.lab)
@@ -282,7 +288,7 @@ def size_rows(training: Training, config: ViewsBench, epochs: int = 300) -> list
     told = f"{size / 1e6:.0f} MB in {len(files)} files, {len(kept)} snapshots of {epochs} epochs"
     return [_row(f"replay an epoch of a run of {epochs}", first, 1.0, told)]
 
-# %% ../../nbs/repro/bench_views.ipynb #cell-29
+# %% ../../nbs/repro/bench_views.ipynb #cell-30
 def measure(
     config: ViewsBench,
     progress: str = "auto",  # or "off"
@@ -293,7 +299,8 @@ def measure(
     records while the watching processes are halted."""
     one_of("net", config.net, net_names())
     folder = Path(tempfile.mkdtemp(prefix="lnl-bench-"))
-    bar = Progress(3 * (config.pairs + 1) + config.updates // 100, progress)
+    ratios = 3 if chromium_here(config) else 2
+    bar = Progress(ratios * (config.pairs + 1) + -(-config.updates // 100), progress)
     try:
         training = Training(config, folder)
         rows = recording_rows(training, config, bar) + attached_rows(training, config, bar)
