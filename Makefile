@@ -48,7 +48,7 @@ test: $(STAMP)
 	@WORKERS=$(WORKERS) tests/run.sh $(BIN) $(PYTEST_ARGS)
 
 coverage: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov=lnl_bench --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov=lnl_bench --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check lnl_bench tests setup.py nbs

@@ -14,21 +14,27 @@ from lnl_bench.methods import (
     cross_entropy,
     divide_mix,
     dmlp,
+    elr,
+    elr_plus,
     forward_correction,
     gce,
+    joint_optimisation,
     l2r,
     linear_probe,
+    m_correction,
     mixup,
     mw_net,
+    pencil,
 )
 from .recipes import recipe
 
 # %% ../../nbs/methods/catalogue.ipynb #cell-4
 MODULES = (pretrain, cross_entropy, linear_probe, dmlp, gce, mixup, forward_correction, co_teaching, cdr, divide_mix,
-           l2r, mw_net)  # importing them registers their methods
+           elr, elr_plus, joint_optimisation, pencil, m_correction, l2r, mw_net)  # importing them registers
 chain("dmlp-naive", "dmlp", "cross-entropy", "Tu et al., CVPR 2023, Sec. 3.3")
 chain("dmlp-divide-mix", "dmlp", "divide-mix", "Tu et al., CVPR 2023, Table 1")
 chain("dmlp-co-teaching", "dmlp", "co-teaching", "Tu et al., CVPR 2023, Table 4")
+chain("dmlp-elr-plus", "dmlp", "elr-plus", "Tu et al., CVPR 2023, Table 4")
 chain("dmlp-cdr", "dmlp", "cdr", "Tu et al., CVPR 2023, Table 4")
 
 # %% ../../nbs/methods/catalogue.ipynb #cell-5

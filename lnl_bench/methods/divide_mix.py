@@ -209,6 +209,9 @@ class TwoNetworks(Stage):
 
     @property
     def optimisers(self): return self.optimiser1, self.optimiser2
+    @property
+    def warmup_view(self): return self.config.view
+    def warm_step(self, lab, loss, k): lab.step(loss, self.optimisers[k])
 
     def predict(self, images): return sum(net.eval()(images) for net in self.nets) / 2
     def features(self, lab): return self.seen.values
@@ -230,15 +233,14 @@ TwoNetworks.note = _note
 def _warm_up(self: TwoNetworks, lab) -> dict[str, float]:
     "One epoch of plain training of both networks."
     c = self.config
-    for net, optimiser in zip(self.nets, self.optimisers, strict=True):
+    for k, net in enumerate(self.nets):
         net.train()
-        for batch in lab.batches(size=c.warmup_batch, views=(c.view,)):
+        for batch in lab.batches(size=c.warmup_batch, views=(self.warmup_view,)):
             with lab.amp(): logits = net(batch.images)
             losses = per_sample_loss(logits, batch.labels)
             penalty = negative_entropy(logits) if c.warmup_penalty == "negative entropy" else 0
-            lab.step(losses.mean() + penalty, optimiser)
-            if net is self.nets[0]: self.note(batch.index, losses.detach(),
-                                              logits.detach().float().softmax(1))
+            self.warm_step(lab, losses.mean() + penalty, k)
+            if k == 0: self.note(batch.index, losses.detach(), logits.detach().float().softmax(1))
     return {"loss": self.loss[0].mean().item(), "loss_u": 0.0, "labelled": 1.0}
 
 TwoNetworks.warm_up = _warm_up
@@ -246,6 +248,10 @@ TwoNetworks.warm_up = _warm_up
 # %% ../../nbs/methods/divide_mix.ipynb #cell-50
 class CoDivide(TwoNetworks):
     "DivideMix: the stage whose epoch is Algorithm 1."
+    loss_view, iterations = "none", 10  # of the judging pass; of the mixture
+    @property
+    def batch_views(self): return (self.config.view,) * self.config.views  # the first M are mixed
+
     def start(self, lab):
         super().start(lab)
         self.history = torch.zeros(2, self.config.average, lab.n, device=lab.device)
@@ -257,9 +263,12 @@ class CoDivide(TwoNetworks):
         rate = learning_rate(c.schedule, c.rate, epoch / c.epochs)
         for optimiser in self.optimisers: optimiser.param_groups[0]["lr"] = rate
         if epoch < c.warmup: return self.warm_up(lab) | {"rate": rate}
-        self.co_divide(lab)
-        numbers = [self.learn(lab, k, epoch - c.warmup) for k in (0, 1)]
+        numbers = self.divide_and_learn(lab, epoch - c.warmup)
         return {name: (numbers[0][name] + numbers[1][name]) / 2 for name in numbers[0]} | {"rate": rate}
+
+    def divide_and_learn(self, lab, since):
+        self.co_divide(lab)
+        return [self.learn(lab, k, since) for k in (0, 1)]
 
     def extras(self, lab):
         if not self.kept: return {}
@@ -271,7 +280,7 @@ class CoDivide(TwoNetworks):
 def _look(self: CoDivide, lab, k: int) -> torch.Tensor:
     "Logits (n, C) of network `k` on all images without augmentation; of the first, features are kept."
     net, logits = self.nets[k].eval(), []
-    for batch in lab.batches(size=500, views=("none",), order="fixed"):
+    for batch in lab.batches(size=500, views=(self.loss_view,), order="fixed"):
         with lab.amp(): logits.append(net(batch.images).float())
         if k == 0: self.seen.note(batch.index)
     return torch.cat(logits)
@@ -288,26 +297,33 @@ def _judge(self: CoDivide, k: int, logits: torch.Tensor) -> TwoGaussians:
                        "accepted: a smaller one.")
     self.history[k] = torch.cat((normalised(losses)[None], self.history[k, :-1]))
     self.loss[k] = recent_mean(self.history[k], self.kept)
-    mixture = fit_gaussians(self.loss[k][None])
+    mixture = fit_gaussians(self.loss[k][None], max_iter=self.iterations)
     self.p_clean[k] = mixture.posterior(self.loss[k][None])[0]
     return mixture
 
 CoDivide.judge = _judge
 
 # %% ../../nbs/methods/divide_mix.ipynb #cell-56
-def _co_divide(self: CoDivide, lab) -> None:
-    "Both networks judge all samples; what they say of each is remembered for the views and the export."
-    logits = [self.look(lab, k) for k in (0, 1)]
-    self.kept += 1
-    mixtures = [self.judge(k, logits[k]) for k in (0, 1)]
-    self.mixture.copy_(torch.stack(tuple(mixtures[0].extras().values())))
+def _remember(self: CoDivide, logits: list[torch.Tensor], mixture: TwoGaussians) -> None:
+    "What both networks' logits, (n, C) each, and the first one's mixture say, for the views and the export."
+    self.mixture.copy_(torch.stack(tuple(mixture.extras().values())))
     both = (logits[0].softmax(1) + logits[1].softmax(1)) / 2
     repaired = co_refine(self._labels, self.p_clean.mean(0), both, 1.0)
     self.prediction, (self.confidence, self.corrected) = both.argmax(1), repaired.max(1)
 
+CoDivide.remember = _remember
+
+# %% ../../nbs/methods/divide_mix.ipynb #cell-57
+def _co_divide(self: CoDivide, lab) -> None:
+    "Both networks judge all samples, each with a mixture of its own."
+    logits = [self.look(lab, k) for k in (0, 1)]
+    self.kept += 1
+    mixtures = [self.judge(k, logits[k]) for k in (0, 1)]
+    self.remember(logits, mixtures[0])
+
 CoDivide.co_divide = _co_divide
 
-# %% ../../nbs/methods/divide_mix.ipynb #cell-59
+# %% ../../nbs/methods/divide_mix.ipynb #cell-60
 @torch.no_grad()
 def _targets(self: CoDivide, lab, k: int, x, u) -> list[torch.Tensor]:
     "Targets (B, C) of a labelled and, unless it is None, of an unlabelled batch, for network `k`."
@@ -321,11 +337,11 @@ def _targets(self: CoDivide, lab, k: int, x, u) -> list[torch.Tensor]:
 
 CoDivide.targets = _targets
 
-# %% ../../nbs/methods/divide_mix.ipynb #cell-61
+# %% ../../nbs/methods/divide_mix.ipynb #cell-62
 def _mixed_losses(self: CoDivide, lab, k: int, x, u) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "L_X, L_U and the penalty of network `k` on a mixed batch; L_U is 0 where nothing is unlabelled."
     c, targets = self.config, self.targets(lab, k, x, u)
-    images = torch.cat(x.views + (() if u is None else u.views))
+    images = torch.cat([view for batch in (x, u) if batch is not None for view in batch.views[:c.views]])
     targets = torch.cat([t.repeat(c.views, 1) for t in targets])
     drawn = draw_mixing(len(images), c.alpha, c.mixing, lab.rng("mixup"))
     ratios, partner = (v.to(lab.device) for v in drawn)
@@ -340,12 +356,19 @@ def _mixed_losses(self: CoDivide, lab, k: int, x, u) -> tuple[torch.Tensor, torc
 
 CoDivide.mixed_losses = _mixed_losses
 
-# %% ../../nbs/methods/divide_mix.ipynb #cell-63
+# %% ../../nbs/methods/divide_mix.ipynb #cell-64
+def _parts(self: CoDivide, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "Positions that are labelled and unlabelled for network `k`, by the other one's probabilities."
+    return split(self.p_clean[1 - k], self.config.threshold, self.config.batch)
+
+CoDivide.parts = _parts
+
+# %% ../../nbs/methods/divide_mix.ipynb #cell-66
 def _learn(self: CoDivide, lab, k: int, since: int) -> dict[str, float]:
     "Train network `k` for an epoch on the other one's split, `since` epochs after the warm-up."
     c, sums = self.config, torch.zeros(2, device=lab.device)
-    labelled, unlabelled = split(self.p_clean[1 - k], c.threshold, c.batch)
-    views, steps = (c.view,) * c.views, math.ceil(len(labelled) / c.batch)
+    labelled, unlabelled = self.parts(k)
+    views, steps = self.batch_views, math.ceil(len(labelled) / c.batch)
     others = lab.cycle(unlabelled, c.batch, views) if len(unlabelled) else itertools.repeat(None)
     for step, (x, u) in enumerate(zip(lab.batches(labelled, c.batch, views), others, strict=False)):
         loss_x, loss_u, penalty = self.mixed_losses(lab, k, x, u)
@@ -357,16 +380,16 @@ def _learn(self: CoDivide, lab, k: int, since: int) -> dict[str, float]:
 
 CoDivide.learn = _learn
 
-# %% ../../nbs/methods/divide_mix.ipynb #cell-65
+# %% ../../nbs/methods/divide_mix.ipynb #cell-68
 @register("divide-mix", "sample selection", "Li et al., ICLR 2020", needs=("two networks",))
 class DivideMix(Method):
     "Two networks divide the samples for each other; labels of one part are refined, of the other guessed."
-    Config = DivideMixConfig
+    Config, released = DivideMixConfig, RELEASED
 
     @classmethod
     def configured(cls, values: dict):
         "The method with these settings; `variant` chooses whose defaults they change."
-        chosen = RELEASED if values.get("variant") == "released" else {}
+        chosen = cls.released if values.get("variant") == "released" else {}
         return cls(build(cls.Config, {**chosen, **values}))
 
     def check(self, task):

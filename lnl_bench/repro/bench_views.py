@@ -31,7 +31,7 @@ from ..data.task import make_task
 from ..engine.lab import Lab
 from ..engine.nets import net_names
 from ..engine.record import Beat, snapshot_of
-from ..engine.runs import Run, keeps_snapshot, open_run
+from ..engine.runs import Run, keeps_snapshot, open_run, write_atomic
 from ..engine.train import Progress, Trainer, peak_memory
 from ..methods.cross_entropy import CrossEntropy, CrossEntropyConfig, per_sample_loss
 from .bench import by_turns, ratio_of_pairs, seconds
@@ -46,7 +46,7 @@ class ViewsBench(Config):
     "What is measured."
     net: str = setting("cnn9", "architecture, as in `make_net`", "nine-layer CNN of Co-teaching")
     samples: int = setting(50_000, "training samples", "CIFAR-10", low=100)
-    batch: int = setting(32, "images in a batch", "a quarter of the papers' 128: recording weighs more", low=1)
+    batch: int = setting(32, "images in a batch", "a quarter of the papers': recording weighs more", low=1)
     batches: int = setting(3, "in a stretch", "about two seconds on two cores", low=1)
     pairs: int = setting(20, "of stretches, for each ratio", "ours: two minutes a ratio", low=2)
     updates: int = setting(1000, "of a figure, while memory is looked at", "ours", low=10)
@@ -87,16 +87,16 @@ class Training:
             self.stage.note(batch.index, losses.detach(), logits.detach().float())
 
 # %% ../../nbs/repro/bench_views.ipynb #cell-8
-def follow(path: str) -> None:
-    "Keep a cockpit on a run until the process is ended; prints how often it was painted when asked to stop."
+def follow(
+    path: str,  # the run directory
+    told: str,  # file that is kept up to date with what was done
+) -> None:
+    "Keep a cockpit on a run until the process is ended."
     from lnl_bench.views.cockpit import Cockpit
     seat = Cockpit(Run(path))
-    def leave(*_):
-        print(seat.painter.painted, f"{seat.painter.busy:.3f}", flush=True)
-        os._exit(0)
-    signal.signal(signal.SIGTERM, leave)
-    print("there", flush=True)
-    while True: time.sleep(3600)
+    while True:
+        write_atomic(Path(told), f"{seat.painter.painted} {seat.painter.busy:.3f}".encode(), sync=False)
+        time.sleep(0.5)
 
 # %% ../../nbs/repro/bench_views.ipynb #cell-9
 class Crowd:
@@ -121,18 +121,21 @@ class Crowd:
 
 # %% ../../nbs/repro/bench_views.ipynb #cell-11
 @contextlib.contextmanager
-def follower(run: Run) -> Iterator[subprocess.Popen]:
-    "A process that follows the run, from when its cockpit is open until the context ends."
-    code = f"from lnl_bench.repro.bench_views import follow; follow({str(run.path)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+def follower(run: Run) -> Iterator[tuple[Crowd, Path]]:
+    "A process that follows the run, from when its cockpit is open until the context ends, and what it tells."
+    told = run.path.with_name("told")
+    code = f"from lnl_bench.repro.bench_views import follow; follow({str(run.path)!r}, {str(told)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    crowd = Crowd([process.pid])
     try:
-        if process.stdout.readline() != "there\n": raise BadInput("the process that watches did not start.")
-        yield process
+        while not told.exists() or told.read_text().startswith("0 "):
+            if process.poll() is not None: raise BadInput("the process that watches ended at once.")
+            time.sleep(0.1)
+        time.sleep(20)  # what it compiles once, for the layout of prototypes, is over then
+        yield crowd, told
     finally:
-        process.send_signal(signal.SIGCONT)
-        process.kill()
-        process.communicate()
+        crowd.send(signal.SIGKILL)
+        process.wait()
 
 # %% ../../nbs/repro/bench_views.ipynb #cell-12
 @contextlib.contextmanager
@@ -198,11 +201,11 @@ def watched_rows(training: Training, config: ViewsBench, crowd: Crowd, name: str
     return [_row(name, float(np.median(other)) / config.batches, ratio, told)]
 
 # %% ../../nbs/repro/bench_views.ipynb #cell-18
-def _painted(process: subprocess.Popen, awake: float) -> str:
-    "End the process that watches; what it says of its work."
-    process.terminate()
-    count, busy = process.stdout.read().split()
-    return f"painted {count} times in about {awake:.0f} s awake, drawing {float(busy) / awake:.1%} of them"
+def _painted(told: Path, before: str, awake: float) -> str:
+    "What the process that watches did since it told `before`."
+    (count, busy), (was, lost) = (map(float, text.split()) for text in (told.read_text(), before))
+    share = (busy - lost) / awake
+    return f"painted {count - was:.0f} times in about {awake:.0f} s awake, drawing for {share:.1%} of them"
 
 # %% ../../nbs/repro/bench_views.ipynb #cell-19
 def chromium_here(config: ViewsBench) -> str | None:
@@ -216,9 +219,9 @@ def chromium_here(config: ViewsBench) -> str | None:
 # %% ../../nbs/repro/bench_views.ipynb #cell-20
 def attached_rows(training: Training, config: ViewsBench, bar: Progress) -> list[dict]:
     "What a second process costs that follows the run, and one with a browser on the same cores."
-    with follower(training.run) as process:
-        rows = watched_rows(training, config, Crowd([process.pid]), "attached", bar,
-                            lambda s: _painted(process, s))
+    with follower(training.run) as (crowd, told):
+        before = told.read_text()
+        rows = watched_rows(training, config, crowd, "attached", bar, lambda s: _painted(told, before, s))
     if not (chromium := chromium_here(config)): return rows
     with browser_on(training.run, chromium) as pids:
         return rows + watched_rows(training, config, Crowd(pids), "attached, with a browser", bar,
