@@ -69,11 +69,12 @@ def watch_notebook(
 
 # %% ../nbs/watch.ipynb #cell-11
 def _call(server: dict, path: str, body: dict | None = None):
-    "What the server answers, as JSON."
+    "What the server answers, as JSON; None where it says nothing."
     request = urllib.request.Request(server["url"] + path, None if body is None
                                      else json.dumps(body).encode(),
                                      {"Authorization": f"token {server['token']}"})
-    with urllib.request.urlopen(request, timeout=60) as answer: return json.load(answer)
+    with urllib.request.urlopen(request, timeout=60) as answer: text = answer.read()
+    return json.loads(text) if text else None
 
 # %% ../nbs/watch.ipynb #cell-12
 def _started(process: subprocess.Popen, log: Path, seconds: float = 120) -> dict:
@@ -142,6 +143,7 @@ def open_session(
     try:
         client.wait_for_ready(60)
         page.write_text(json.dumps(watch_notebook(run, _outputs(client, watch_cell(run)))))
+        _call(server, f"api/contents/{page.name}/trust", {})  # or JupyterLab shows no widget of it
     finally: client.stop_channels()
     return f"{server['url']}lab/tree/{page.name}?token={server['token']}"
 

@@ -166,7 +166,9 @@ def test_lnl_watch_opens_a_cockpit_that_is_already_there(server, kept):
     assert address.startswith("http://"), address
     with browser.Lab(server) as lab:
         lab.page.goto(address)
-        lab.page.locator(".js-plotly-plot .main-svg").first.wait_for(state="attached", timeout=60_000)
+        drawn = lab.page.locator(".js-plotly-plot .main-svg").first
+        try: drawn.wait_for(state="attached", timeout=90_000)
+        finally: shot(lab, "lnl-watch-opened")
         lab.wait(lambda: "Losses by given class" in title(lab), 20, "the losses")
         lab.page.locator(".widget-tab .lm-TabBar-tab").get_by_text("Progress", exact=True).click()
         lab.wait(lambda: "Progress" in title(lab), 20, "a kernel that answers")

@@ -9,10 +9,14 @@ __all__ = ['MODULES', 'methods_table', 'configured']
 from ..engine import pretrain
 from ..engine.contract import REGISTRY, Method, chain, make_method
 from lnl_bench.methods import (
+    aug_desc,
+    c2d,
     cdr,
     co_teaching,
+    cpc,
     cross_entropy,
     divide_mix,
+    divide_mix_trusted,
     dmlp,
     elr,
     elr_plus,
@@ -30,7 +34,8 @@ from .recipes import recipe
 
 # %% ../../nbs/methods/catalogue.ipynb #cell-4
 MODULES = (pretrain, cross_entropy, linear_probe, dmlp, gce, mixup, forward_correction, co_teaching, cdr, divide_mix,
-           elr, elr_plus, joint_optimisation, pencil, m_correction, l2r, mw_net)  # importing them registers
+           divide_mix_trusted, aug_desc, c2d, cpc, elr, elr_plus, joint_optimisation, pencil, m_correction, l2r,
+           mw_net)  # importing them registers their methods
 chain("dmlp-naive", "dmlp", "cross-entropy", "Tu et al., CVPR 2023, Sec. 3.3")
 chain("dmlp-divide-mix", "dmlp", "divide-mix", "Tu et al., CVPR 2023, Table 1")
 chain("dmlp-co-teaching", "dmlp", "co-teaching", "Tu et al., CVPR 2023, Table 4")

@@ -24,8 +24,8 @@ class MixMatchConfig(SemiConfig):
     "Settings of MixMatch."
     lambda_u: float = setting(100.0, "weight of the unlabelled loss", "TorchSSL", low=0)
     ramp: float = setting(0.4, "part of the iterations in which that weight rises", "TorchSSL", low=0, high=1)
-    guesses: int = setting(2, "K, views of an unlabelled image", "MixMatch Sec. 4.1.1", low=1)
-    temperature: float = setting(0.5, "T of sharpening", "MixMatch Sec. 4.1.1", low=1e-3)
+    guesses: int = setting(2, "K, views of an unlabelled image", "MixMatch Sec. 3.5", low=1)
+    temperature: float = setting(0.5, "T of sharpening", "MixMatch Sec. 3.5", low=1e-3)
     alpha: float = setting(0.5, "parameter of mixup's Beta distribution", "TorchSSL", low=1e-3)
     mixing: str = setting("pair", "what a mixing ratio is drawn for", "MixMatch Eq. (8); TorchSSL: batch",
                           choices=("pair", "batch"))
@@ -34,8 +34,8 @@ class MixMatchConfig(SemiConfig):
 @dataclasses.dataclass(frozen=True)
 class MixMatchKLConfig(MixMatchConfig):
     "Settings of MixMatch-KL."
-    lambda_kl: float = setting(20.0, "k, weight of the divergence", "IEG Sec. 5.1: CIFAR", low=0)
-    strong: str = setting("autoaugment-cutout", "strong augmentation, as in `make_view`", "IEG Sec. 5.1")
+    lambda_kl: float = setting(20.0, "k, weight of the divergence", "IEG: CIFAR", low=0)
+    strong: str = setting("autoaugment-cutout", "strong augmentation, as in `make_view`", "IEG: AutoAugment")
 
 # %% ../../nbs/methods/mix_match.ipynb #cell-8
 def targets_of(

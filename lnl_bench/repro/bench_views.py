@@ -48,7 +48,7 @@ class ViewsBench(Config):
     samples: int = setting(50_000, "training samples", "CIFAR-10", low=100)
     batch: int = setting(32, "images in a batch", "a quarter of the papers': recording weighs more", low=1)
     batches: int = setting(3, "in a stretch", "about two seconds on two cores", low=1)
-    pairs: int = setting(20, "of stretches, for each ratio", "ours: two minutes a ratio", low=2)
+    pairs: int = setting(12, "of stretches, for each ratio", "ours: a minute a ratio", low=2)
     updates: int = setting(1000, "of a figure, while memory is looked at", "ours", low=10)
     browser: str = setting("auto", "whether one is measured: where chromium is found, yes or no",
                            choices=("auto", "yes", "no"))

@@ -162,20 +162,31 @@ class Cockpit(widgets.VBox):
                        for view, (offers, _) in VIEWS.items() if offers}
         self.headline, self.message, self.card = (widgets.HTML() for _ in range(3))
         self.tabs = widgets.Tab([widgets.HBox(self.tools(view)) for view in VIEWS], titles=tuple(VIEWS))
-        self.figure = go.FigureWidget(layout=dict(height=480, template=TEMPLATE))
-        self.ruler = Ruler()
-        self.painter = Painter(self.figure, self.draw, self.tell, every, self.listen)
+        self.every, self.figure, self.painter = every, None, None
+        self.ruler, self.place = Ruler(), widgets.VBox()
         c = self.controls
         order = ("pause", "resume", "stop", "klass", "epoch", "follow")
         row = widgets.HBox([c[name] for name in order])
-        super().__init__([self.headline, row, self.tabs, self.message, self.ruler, self.figure])
+        super().__init__([self.headline, row, self.tabs, self.message, self.ruler, self.place])
         self.connect()
-        self.painter.start()
+        if not live_here(): self.begin()  # with a browser, as soon as the page has told its width
 
     def tools(self, view: str) -> list[widgets.Widget]:
         "What stands in the tab of a view."
         more = {"Weights": [self.controls["sample"]], "Prototypes": [self.card]}.get(view, [])
         return ([self.offers[view]] if view in self.offers else []) + more
+
+    def begin(self) -> None:
+        "Put the figure in its place, and keep it up to date from now on."
+        if self.painter: return self.painter.nudge()
+        self.figure = go.FigureWidget(layout=dict(height=480, template=TEMPLATE))
+        self.place.children = [self.figure]
+        self.painter = Painter(self.figure, self.draw, self.tell, self.every, self.listen)
+        self.painter.start()
+
+    def nudge(self, _=None) -> None:
+        "Draw soon, if there is a figure yet."
+        if self.painter: self.painter.nudge()
 
     def tell(self, text: str) -> None:
         "Say what cannot be shown, and why."
@@ -184,7 +195,7 @@ class Cockpit(widgets.VBox):
 
     def close(self) -> None:
         "End the painter and the process that computes layouts; the run is not touched."
-        self.painter.close()
+        if self.painter: self.painter.close()
         if self.layouts: self.layouts.close()
         super().close()
 
@@ -195,9 +206,9 @@ def _connect(self: Cockpit) -> None:
         self.controls[name].on_click(lambda _, what=request: self.ask(what))
     for widget in (*self.offers.values(), self.controls["klass"], self.controls["sample"],
                    self.controls["follow"]):
-        widget.observe(lambda _: self.painter.nudge(), "value")
-    self.tabs.observe(lambda _: self.painter.nudge(), "selected_index")
-    self.ruler.observe(lambda _: self.painter.nudge(), "width")
+        widget.observe(self.nudge, "value")
+    self.tabs.observe(self.nudge, "selected_index")
+    self.ruler.observe(lambda _: self.begin(), "width")
     self.controls["epoch"].observe(self.moved, "value")
 
 Cockpit.connect = _connect
@@ -207,7 +218,7 @@ def _ask(self: Cockpit, request: str) -> None:
     "Write a request into the run."
     try: self.run.request(request)
     except BadInput as e: self.tell(str(e))
-    self.painter.nudge()
+    self.nudge()
 
 Cockpit.ask = _ask
 
@@ -216,7 +227,7 @@ def _moved(self: Cockpit, change) -> None:
     "The slider was moved: by a person, if not by the painter itself."
     if self.own == threading.get_ident(): return
     self.controls["follow"].value = False
-    self.painter.nudge()
+    self.nudge()
 
 Cockpit.moved = _moved
 

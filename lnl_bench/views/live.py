@@ -30,6 +30,11 @@ def live_here() -> bool:
 class Ruler(anywidget.AnyWidget):
     "A widget without height that knows how wide the place is where it stands, in pixels; 0 until shown."
     _esm = """
+    // anywidget gives a widget two seconds to load, which the five megabytes of a figure exceed where
+    // training keeps the machine busy; then it would never be shown. A minute is given instead.
+    const limit = AbortSignal.timeout.bind(AbortSignal);
+    AbortSignal.timeout = (ms) => limit(ms === 2000 ? 60000 : ms);
+
     export default { render({ model, el }) {
       const tell = () => {
         const width = Math.floor(el.getBoundingClientRect().width);
