@@ -37,8 +37,8 @@ def train(server, method, run_dir, *more):
 @pytest.fixture(scope="module")
 def kept(server):
     "A finished run of eight epochs."
-    process = server.start(*TRAIN, "cross-entropy", "--noise", "symmetric:0.4", "--set", "epochs=8", "--run-dir",
-                           "runs/kept")
+    process = server.start(*TRAIN, "cross-entropy", "--noise", "symmetric:0.4", "--set", "epochs=8",
+                           "--run-dir", "runs/kept")
     assert process.wait(120) == 0
     return Run(server.notebooks / "runs/kept")
 

@@ -17,7 +17,8 @@ def make(path, classes=10, epochs=3, known=True):
     true = np.arange(n) % classes
     given = np.where(rng.random(n) < 0.3, rng.integers(0, classes, n), true)
     write_json(path / "task.json", {"class_names": [f"class {c}" for c in range(classes)]})
-    save_arrays(path / "samples.npz", {"index": np.arange(n), "given": given, **({"true": true} if known else {})})
+    truth = {"true": true} if known else {}
+    save_arrays(path / "samples.npz", {"index": np.arange(n), "given": given, **truth})
     for epoch in range(epochs): add(run, epoch, n)
     run.set_status("running", stage="train", epoch=epochs - 1, epochs=9)
     return run
@@ -148,7 +149,8 @@ def test_a_fault_is_told_with_its_traceback_and_the_painter_goes_on(tmp_path, se
 
 def test_killed_is_told_and_buttons_rest(tmp_path, seats):
     run = make(tmp_path / "run")
-    write_json(run.path / "status.json", {**json.loads((run.path / "status.json").read_text()), "pid": 2**22 + 1})
+    status = json.loads((run.path / "status.json").read_text())
+    write_json(run.path / "status.json", {**status, "pid": 2**22 + 1})
     seat = seats(run)
     until(seat, lambda: "killed" in seat.headline.value)
     assert all(seat.controls[name].disabled for name in ("pause", "resume", "stop"))

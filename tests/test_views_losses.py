@@ -1,4 +1,4 @@
-"The losses of a moment against numbers computed from its arrays, with and without truth, for 2, 10 and 100 classes."
+"The losses of a moment against numbers from its arrays, with and without truth, for 2, 10 and 100 classes."
 
 import numpy as np
 import pytest
@@ -22,7 +22,8 @@ class Made:
         self.true = rng.integers(0, classes, N)
         self.given = np.where(rng.random(N) < 0.4, rng.integers(0, classes, N), self.true)
         right = self.given == self.true
-        self.loss = np.abs(np.where(right, rng.normal(0.5, 0.3, N), rng.normal(2.5, 0.6, N))).astype(np.float32)
+        heaps = np.where(right, rng.normal(0.5, 0.3, N), rng.normal(2.5, 0.6, N))
+        self.loss = np.abs(heaps).astype(np.float32)
         if loss is not None: self.loss = loss(self.loss)
         self.run = open_run(path, {"seed": 0}, {"stages": ["train"]})
         write_json(path / "task.json", {"class_names": [f"class {c}" for c in range(classes)]})
@@ -48,7 +49,8 @@ def test_histograms_hold_each_sample_once(tmp_path, classes, known):
     for c in range(classes):
         mine = [t for t in bars if t.xaxis == f"x{c + 1 if c else ''}"]
         heaps = {"samples": made.given == c} if not known else {
-            "clean": (made.given == c) & (made.true == c), "mislabelled": (made.given == c) & (made.true != c)}
+            "clean": (made.given == c) & (made.true == c),
+            "mislabelled": (made.given == c) & (made.true != c)}
         assert {t.name for t in mine} == heaps.keys()
         for trace in mine:
             direct = np.histogram(np.minimum(made.loss[heaps[trace.name]], edges[-1]), edges)[0]
@@ -83,8 +85,8 @@ def test_many_classes_are_rows_of_a_map(tmp_path, known):
 
 def test_recorded_gaussians_are_drawn_as_recorded(tmp_path):
     weights, means, scales = [[0.6, 0.4]], [[0.5, 2.5]], [[0.3, 0.6]]
-    made = Made(tmp_path / "run", 10, True, mixture_weights=weights, mixture_means=means, mixture_scales=scales,
-                threshold=0.5)
+    made = Made(tmp_path / "run", 10, True, mixture_weights=weights, mixture_means=means,
+                mixture_scales=scales, threshold=0.5)
     figure = losses.losses_figure(made.moment, "all")
     assert "recorded" in figure.layout.title.subtitle.text
     (line,) = [t for t in figure.data if t.type == "scatter"]
@@ -97,8 +99,8 @@ def test_recorded_gaussians_are_drawn_as_recorded(tmp_path):
 
 
 def test_recorded_betas_are_drawn_on_the_losses(tmp_path):
-    made = Made(tmp_path / "run", 10, True, mixture_weights=[[0.7, 0.3]], mixture_a=[[2, 6]], mixture_b=[[8, 3]],
-                mixture_range=[0.0, 4.0])
+    made = Made(tmp_path / "run", 10, True, mixture_weights=[[0.7, 0.3]], mixture_a=[[2, 6]],
+                mixture_b=[[8, 3]], mixture_range=[0.0, 4.0])
     figure = losses.losses_figure(made.moment, "all")
     (line,) = [t for t in figure.data if t.type == "scatter"]
     x, width = np.array(line.x[:-3]), losses.bin_edges(made.loss)[1] - losses.bin_edges(made.loss)[0]
@@ -120,7 +122,8 @@ def test_losses_that_are_no_numbers_are_counted(tmp_path, known):
 def test_what_cannot_be_drawn_is_refused(tmp_path):
     made = Made(tmp_path / "run", 10, True, loss=lambda x: np.full_like(x, np.nan))
     with pytest.raises(BadInput, match="all 4,000 losses"): losses.losses_figure(made.moment)
-    with pytest.raises(BadInput, match="class"): losses.losses_figure(Made(tmp_path / "b", 10, True).moment, 10)
+    other = Made(tmp_path / "b", 10, True)
+    with pytest.raises(BadInput, match="class"): losses.losses_figure(other.moment, 10)
     made.run.save_snapshot("train", 1, {"prediction": made.given})
     with pytest.raises(BadInput, match="no per-sample loss"): losses.losses_figure(made.moment)
 

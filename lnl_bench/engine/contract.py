@@ -31,7 +31,7 @@ class Stage:
     predict = None
 
     def samples(self, lab) -> dict:
-        """Per-sample arrays (n, ...) in training order, for the views, from memory: also asked within an epoch.
+        """Per-sample arrays (n, ...) in training order, for the views; from memory, also within an epoch.
 
         Any of loss, p_clean, weight (or λ), corrected, confidence, prediction."""
         return {}

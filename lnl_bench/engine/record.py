@@ -66,7 +66,8 @@ def reduced(
     Not a number stays so: a sample with such a feature has them in all components."""
     x = features.float()
     whole = x[x.isfinite().all(1)]
-    if not len(whole): return {"features": x.new_full((len(x), min(x.shape[1], DIMENSIONS)), torch.nan).half()}
+    shape = len(x), min(x.shape[1], DIMENSIONS)
+    if not len(whole): return {"features": x.new_full(shape, torch.nan).half()}
     centre = whole.mean(0)
     scale = (whole - centre).square().sum(1).mean().sqrt().clamp_min(1e-12)
     axes = torch.linalg.eigh((whole - centre).T @ (whole - centre)).eigenvectors.flip(1)[:, :DIMENSIONS]
@@ -102,7 +103,7 @@ def state_of(stage, lab) -> dict[str, np.ndarray]:
 
 # %% ../../nbs/engine/record.ipynb #cell-24
 def snapshot_of(stage, lab) -> dict[str, np.ndarray]:
-    "What a snapshot holds: the state, and features (with prototypes, if the method has any) of the shown samples."
+    "What a snapshot holds: the state, features of the shown samples, and prototypes if the method has any."
     arrays, features = state_of(stage, lab), stage.features(lab)
     if features is None: return arrays
     return arrays | {k: compact(v) for k, v in reduced(features, stage.extras(lab).get("prototypes")).items()}

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from ..data.checks import BadInput, Config, in_range, setting
+from ..data.checks import Config, in_range, setting
 from ..data.noise import make_noise
 from ..data.sources import from_arrays
 from ..data.task import Task, make_task
@@ -86,7 +86,7 @@ def measure(
     config: PurifyBench,
     progress: str = "auto",  # or "off"
 ) -> list[dict]:
-    """Rows {name, seconds, ratio, peak_bytes, detail}; `BadInput` for a dimension below 2 or that is no number.
+    """Rows {name, seconds, ratio, peak_bytes, detail}; `BadInput` for a dimension that is no number above 1.
 
     Ratios are against the factorised IPC epoch of the same dimension."""
     dims = [int(in_range("dims", int(d) if d.strip().isdigit() else -1, 2)) for d in config.dims.split(",")]

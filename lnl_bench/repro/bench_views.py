@@ -174,6 +174,7 @@ def recording_rows(training: Training, config: ViewsBench, bar: Progress) -> lis
     epoch = batch * -(-config.samples // config.batch)
     def keep(): training.run.save_snapshot("train", 0, snapshot_of(training.stage, training.lab))
     once = seconds(keep, 5)
+    training.trainer.epoch = 1  # from here on the live state is ahead of the snapshot, and is what is watched
     size = training.run.snapshots()[0][2].stat().st_size
     whole = f"an epoch of {config.samples:,} samples takes {epoch:.0f} s"
     return [_row("training, nothing recorded", batch, 1.0,

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ipywidgets as widgets
-import numpy as np
 import plotly.graph_objects as go
 
 from ..data.checks import BadInput
@@ -290,8 +289,8 @@ def _asked(self: Cockpit) -> dict | None:
     seen = look, self.ruler.width, _stamp(self.run, look.view == "Losses" and look.number is None)
     waiting = look.view == "Prototypes" and self.layouts is not None and self.layouts.job is not None
     if seen == self.seen and not waiting: return None
-    # Its process compiles for half a minute: begun after the first picture, not when it is asked for.
-    if self.layouts is None and self.painter.painted: self.layouts = Layouts()
+    # Its process compiles for half a minute, which a training beside it feels: only for whom asks for it.
+    if self.layouts is None and look.view == "Prototypes": self.layouts = Layouts()
     self.seen = seen
     spec = picture(self.run, look, self.layouts)
     if spec is not None or self.painter.spec["layout"].get("uirevision") == "prototypes": return spec

@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 
 from ..data.checks import BadInput, one_of
 from .moments import Moment
-from .theme import COLOURS, TEMPLATE, heading, nothing_yet, show
+from .theme import COLOURS, TEMPLATE, heading, nothing_yet
 
 # %% ../../nbs/views/losses.ipynb #cell-7
 def split_auc(

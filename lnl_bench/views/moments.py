@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.checks import BadInput
-from ..engine.runs import Run, check_format, load_arrays, read_json
+from ..engine.runs import Run, check_format, load_arrays
 from .theme import nothing_yet, read_labels, stage_starts
 
 # %% ../../nbs/views/moments.ipynb #cell-5
