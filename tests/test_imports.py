@@ -22,7 +22,7 @@ LAYERS = {
     "engine": ("data",),
     "methods": ("data", "engine"),
     "views": ("data.checks", "engine.runs"),
-    "repro": ("data", "engine", "methods", "views"),
+    "repro": ("data", "engine", "methods", "views", "watch"),  # watch: runs that are another process
 }
 LIBRARY = ("data", "engine", "methods")
 
