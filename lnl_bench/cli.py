@@ -253,10 +253,12 @@ def bench(
     name: Annotated[str, typer.Argument(help=", ".join(BENCHES))],
     settings: Annotated[list[str], typer.Option(
         "--set", help="What is measured, as NAME=VALUE; may be repeated.")] = [],  # noqa: B006
+    method: Annotated[str, typer.Option(help="Which method; short for --set method=NAME.")] = "",
     as_json: Json = False,
 ):
     "Measure, as ratios within one run."
-    show_rows(run_bench(name, pairs(settings, "--set")), as_json)
+    given = [*settings, f"method={method}"] if method else settings
+    show_rows(run_bench(name, pairs(given, "--set")), as_json)
 
 # %% ../nbs/cli.ipynb #cell-50
 @app.command()

@@ -1,5 +1,7 @@
 """The cockpit in a real browser, on real trainings that are processes of their own."""
 
+import base64
+import io
 import os
 import re
 import shutil
@@ -11,6 +13,7 @@ from pathlib import Path
 import browser
 import numpy as np
 import pytest
+from PIL import Image
 
 from lnl_bench.engine.runs import Run, load_arrays
 from lnl_bench.views.losses import bin_edges
@@ -79,7 +82,78 @@ def test_each_view_follows_the_training(lab, server):
         shot(lab, tab.lower())
     lab.theme(dark=True)
     shot(lab, "prototypes-dark")
+    assert process.poll() is None, "the training ended while it was watched"
     process.kill()
+
+
+def lonely(lab) -> list[dict]:
+    "Points of the prototypes view that no other is near: customdata, name of the trace, and their pixels."
+    return lab.page.evaluate("""() => {
+        const graph = document.querySelector('.js-plotly-plot'), box = graph.getBoundingClientRect();
+        const {xaxis, yaxis} = graph._fullLayout;
+        const points = graph.data.flatMap((trace) => Array.from(trace.x, (x, i) => ({
+            about: Array.from(trace.customdata[i]), name: trace.name,
+            x: box.left + xaxis._offset + xaxis.l2p(x),
+            y: box.top + yaxis._offset + yaxis.l2p(trace.y[i])})));
+        const seen = (p) => graph.contains(document.elementFromPoint(p.x, p.y));
+        const far = (p, q) => Math.hypot(p.x - q.x, p.y - q.y) > 10 || p.name === q.name && p.x === q.x;
+        return points.filter((p) => seen(p) && points.every((q) => far(p, q)));
+    }""")
+
+
+def point_at(lab, point):
+    "Move the pointer onto a point as a hand does."
+    lab.page.mouse.move(point["x"] - 20, point["y"] - 20)
+    lab.page.mouse.move(point["x"], point["y"], steps=5)
+
+
+def test_points_of_the_prototypes_answer_the_pointer(lab, server):
+    process = server.start(*TRAIN, "m-correction", "--noise", "symmetric:0.4", "--set", "epochs=6",
+                           "--run-dir", "runs/pointed")
+    assert process.wait(150) == 0
+    run, logged = Run(server.notebooks / "runs/pointed"), len(server.log.read_text())
+    arrays, samples = load_arrays(run.snapshots()[-1][2]), run.samples()
+    watch(server, lab, "runs/pointed")
+    lab.tab("Prototypes").click()
+    lab.wait(lambda: "class prototypes" in title(lab), 120, "the layout")
+    card = lab.panel.locator(".widget-tab .widget-html")
+    assert "Point at a sample" in card.inner_text()
+    lab.page.wait_for_timeout(1000)
+    points, top = lonely(lab), lab.plot().bounding_box()
+    dots = sorted((p for p in points if p["name"] != "prototypes"),  # wrong labels and corrected ones first
+                  key=lambda p: -len({int(samples[k][int(p["about"][1])]) for k in ("given", "true")}))
+    for point in (*dots[:2], dots[-1]):
+        place, at = map(int, point["about"][:2])
+        point_at(lab, point)
+        lab.wait(lambda n=at: f"position in training order: {n}" in card.inner_text(), 10, f"sample {at}")
+        said = re.split(r"\s*\n\s*", card.inner_text().strip())
+        assert re.fullmatch(rf"sample {samples['index'][at]}( \(\d+\))?", said[0])
+        assert said[1:5] == [f"given: {samples['given'][at]}", f"corrected: {arrays['corrected'][at]}",
+                             f"true: {samples['true'][at]}",
+                             f"clean probability: {arrays['p_clean'][at]:.3f}"]
+        assert ("✗ its label is wrong now" in said) == (arrays["corrected"][at] != samples["true"][at])
+        png = base64.b64decode(card.locator("img").get_attribute("src").partition(",")[2])
+        picture = load_arrays(run.path / "shown.npz")["picture"][place, 0]
+        assert (np.asarray(Image.open(io.BytesIO(png)).convert("L")) == picture).all()
+        assert lab.plot().bounding_box() == top, "the figure moved away under the pointer"
+    shot(lab, "pointed")
+    lab.page.mouse.down()
+    lab.page.mouse.up()
+    number = lab.panel.locator(".widget-tab input[type=number]:visible")
+    lab.wait(lambda: number.input_value() == str(at), 10, "the sample that was clicked")
+    lab.wait(lambda: f"followed: position {at}" in lab.plot().inner_text(), 10, "the arrow to it")
+    shot(lab, "followed")
+    for diamond in [p for p in points if p["name"] == "prototypes"][:1]:  # is no sample, and changes nothing
+        point_at(lab, diamond)
+        lab.page.wait_for_timeout(1000)
+        assert len(card.inner_text()) > 20 and "Traceback" not in server.log.read_text()[logged:]
+    lab.tab("Weights").click()
+    lab.wait(lambda: any(t["name"].startswith(f"sample {at}, given {samples['given'][at]}")
+                         for t in lab.plot_data()), 20, "its path")
+    path = next(t["y"] for t in lab.plot_data() if t["name"].startswith(f"sample {at},"))
+    assert np.allclose(path, [load_arrays(p)["p_clean"][at] for *_, p in run.snapshots()])
+    shot(lab, "followed-weights")
+    assert not lab.external and not lab.page_errors and not lab.tracebacks()
 
 
 def test_buttons_steer_a_process_outside(lab, server):
@@ -117,6 +191,18 @@ def test_replay_shows_the_numbers_of_that_epoch(lab, server, kept):
     lab.dropdown("Class").select_option("3")
     lab.wait(lambda: "Losses of 3 at train, epoch 5" in title(lab), 20, "one class large")
     shot(lab, "one-class")
+
+
+def test_a_view_leaves_no_trace_on_the_next(lab, server, kept):
+    words = {"Losses": "Losses", "Weights": "over epochs", "Labels": "Label", "Progress": "Progress"}
+    watch(server, lab, "runs/kept")
+    places = []
+    for tab in ("Weights", "Labels", "Losses", "Progress", "Weights", "Progress", "Labels", "Progress", "Losses"):
+        lab.tab(tab).click()
+        lab.wait(lambda t=tab: words[t] in title(lab), 20, tab)
+        lab.page.wait_for_timeout(1000)
+        places.append((tab, *lab.plot().evaluate("g => ['l', 'r', 't', 'w'].map(k => g._fullLayout._size[k])")))
+    assert len({p[0] for p in places}) == 4 == len(set(places)), places
 
 
 def test_a_killed_process_is_shown_as_such(lab, server):

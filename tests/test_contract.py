@@ -6,11 +6,9 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import tasks
 import torch
 
-from lnl_bench.data.noise import make_noise
-from lnl_bench.data.sources import digits
-from lnl_bench.data.task import make_task, subset
 from lnl_bench.engine.contract import REGISTRY
 from lnl_bench.engine.runs import Run
 from lnl_bench.engine.train import Stopped, load_checkpoint, train
@@ -21,10 +19,7 @@ CLASSIFIERS = [name for name in METHODS if REGISTRY[name].family != "representat
 
 
 @pytest.fixture(scope="module")
-def task():
-    source = subset(digits(), 400, seed=0)
-    noise = make_noise("symmetric:0.5", source.labels, 10, seed=0)
-    return make_task(source, noise, trusted_per_class=5, seed=0)
+def task(): return tasks.digits_task(n=400, trusted=5)
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +147,7 @@ def test_compiled_stays_near(finished, task, folder):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_that_needs_trusted_samples_says_so(name):
-    source = subset(digits(), 200, seed=0)
-    bare = make_task(source, make_noise("symmetric:0.5", source.labels, 10, seed=0), seed=0)
+    bare = tasks.digits_task(n=200)
     method = configured(name, bare, "smoke")
     if "trusted set" in REGISTRY[name].needs:
         with pytest.raises(ValueError, match="needs a trusted set"): method.check(bare)

@@ -1,18 +1,17 @@
 "DivideMix: kernels against slow loops, one step against the paper's pseudo-code, and splits that are empty."
+import functools
 import itertools
 import json
 import math
 
 import numpy as np
 import pytest
+import tasks
 import torch
 import torch.nn.functional as F
 
 from lnl_bench.data.checks import BadInput
-from lnl_bench.data.sources import digits, from_arrays
-from lnl_bench.data.task import make_task, subset
 from lnl_bench.engine.contract import stage_state
-from lnl_bench.engine.lab import Lab
 from lnl_bench.engine.train import train
 from lnl_bench.methods import divide_mix as D
 from lnl_bench.methods.recipes import recipe
@@ -20,16 +19,12 @@ from lnl_bench.methods.recipes import recipe
 SMALL = dict(net="cnn-digits", epochs=3, warmup=1, batch=32, warmup_batch=32, rate=0.05, ramp=2.0)
 
 
-def small_task(noise="symmetric:0.5", n=120, seed=0):
-    source = subset(digits(), n, seed=seed)
-    return make_task(source, noise, seed=seed)
+small_task = functools.partial(tasks.digits_task, n=120)
 
 
 def started(task=None, **changes):
     "A lab and a started stage that has judged the samples once."
-    lab = Lab(task or small_task())
-    stage = D.CoDivide(D.DivideMixConfig(**SMALL | changes))
-    stage.start(lab)
+    lab, stage = tasks.started(D.CoDivide(D.DivideMixConfig(**SMALL | changes)), task or small_task())
     stage.co_divide(lab)
     return lab, stage
 
@@ -200,9 +195,7 @@ def test_both_splits_are_made_before_either_network_learns(monkeypatch):
             order.append((name, args[0] if name == "judge" else args[1]))
             return original(self, *args)
         monkeypatch.setattr(D.CoDivide, name, spy)
-    lab = Lab(small_task())
-    stage = D.CoDivide(D.DivideMixConfig(**SMALL))
-    stage.start(lab)
+    lab, stage = tasks.started(D.CoDivide(D.DivideMixConfig(**SMALL)), small_task())
     stage.epoch(lab, 1)
     assert order == [("judge", 0), ("judge", 1), ("learn", 0), ("learn", 1)]
 
@@ -287,18 +280,13 @@ def test_last_batches_of_one(tmp_path):
 
 @pytest.mark.parametrize("classes", [2, 100])
 def test_two_and_a_hundred_classes(classes):
-    g = torch.Generator().manual_seed(0)
-    y = torch.arange(200) % classes
-    images = (torch.rand(200, 1, 8, 8, generator=g) * 255).byte()
-    source = from_arrays(images.numpy(), y.numpy(), [f"class {i}" for i in range(classes)], name="drawn")
-    lab, stage = started(make_task(source, "none", seed=0))
+    lab, stage = started(tasks.drawn_task(classes))
     for epoch in range(3): assert all(map(math.isfinite, stage.epoch(lab, epoch).values()))
 
 
 def test_soft_labels_that_are_one_hot_change_nothing():
     task = small_task()
-    soft = task.relabel(F.one_hot(task.visible().given, 10).float(), by="one-hot copy")
-    a, b = (started(t)[1] for t in (task, soft))
+    a, b = (started(t)[1] for t in (task, tasks.one_hot(task)))
     torch.testing.assert_close(a.p_clean, b.p_clean, atol=1e-5, rtol=0)
     assert torch.equal(a.corrected, b.corrected)
 

@@ -1,15 +1,15 @@
 "AugDesc, C2D, DivideMix with a trusted set: what each changes in DivideMix; chains with DMLP."
 import dataclasses
+import functools
 import itertools
 import math
 
 import pytest
+import tasks
 import torch
 import torch.nn.functional as F
 
 from lnl_bench.data.checks import BadInput
-from lnl_bench.data.sources import digits
-from lnl_bench.data.task import make_task, subset
 from lnl_bench.engine.contract import REGISTRY, chain, load_stage_state, make_method, stage_state
 from lnl_bench.engine.lab import Lab
 from lnl_bench.engine.pretrain import features_of
@@ -26,8 +26,7 @@ FEATURES = dict(feature_net="cnn-digits", feature_epochs=1, feature_batch=64, fe
 METHODS = {"aug-desc-divide-mix": {}, "c2d-divide-mix": FEATURES, "divide-mix-trusted": {}}
 
 
-def small_task(noise="symmetric:0.5", n=150, seed=0):
-    return make_task(subset(digits(), n, seed=seed), noise, trusted_per_class=3, seed=seed)
+small_task = functools.partial(tasks.digits_task, trusted=3)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +35,8 @@ def cache(tmp_path_factory): return tmp_path_factory.mktemp("cache")
 
 def started(name, cache, task=None, judged=True, **changes):
     "A lab and a started stage, which has judged the samples once."
-    lab = Lab(task or small_task(), cache_dir=cache)
     stage, = make_method(name, SMALL | METHODS[name] | changes).stages()
-    stage.start(lab)
+    lab, _ = tasks.started(stage, task or small_task(), cache_dir=cache)
     if judged: stage.co_divide(getattr(stage, "_wide", lab))
     return lab, stage
 
@@ -266,7 +264,7 @@ def test_trusted_images_follow_with_their_labels():
     expected = lab.view("none", task.trusted_index)
     assert torch.equal(wide.batch(torch.arange(n, wide.n), ("none",)).images, expected)
     assert wide.labels[n:].tolist() == task.trusted_labels.tolist() and wide.passes is lab.passes
-    soft = T.with_trusted(Lab(task.relabel(F.one_hot(task.given, 10).float(), by="copy")))
+    soft = T.with_trusted(Lab(tasks.one_hot(task)))
     assert torch.equal(soft.labels.argmax(1), wide.labels)
 
 

@@ -14,7 +14,7 @@ import pytest
 from lnl_bench.data.checks import BadInput
 from lnl_bench.engine.runs import Run
 from lnl_bench.views import explore_figures as figures
-from lnl_bench.views.explore import Choice, Explorer, page_settings, steps
+from lnl_bench.views.explore import Choice, Explorer, WatchSettings, page_settings, steps
 
 PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
 PAGES = ("noise", "memorisation", "small_loss", "trusted", "human")
@@ -86,6 +86,28 @@ def test_parameters_are_refused_before_any_work():
     assert page_settings({"seed": 4}, "seed").seed == 4
     for wrong in ({"sed": 4}, {"seed": "4"}, {"seed": -1}, {"runs_dir": "x"}):
         with pytest.raises(BadInput, match="accepted"): page_settings(wrong, "seed")
+
+
+WATCH = "accepted: method, noise, epochs, seed, watched"
+
+
+def test_the_watching_page_has_parameters_of_its_own():
+    assert page_settings({"method": "mixup", "epochs": 3}, kind=WatchSettings).epochs == 3
+    for wrong in ({"epoch": 3}, {"dataset": "digits"}, {"runs_dir": "x"}):
+        with pytest.raises(BadInput, match=WATCH): page_settings(wrong, kind=WatchSettings)
+    for wrong in ({"epochs": 0}, {"epochs": "3"}, {"seed": -1}, {"method": 1}, {"watched": None}):
+        with pytest.raises(BadInput, match="accepted"): page_settings(wrong, kind=WatchSettings)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ({"epoch": 3}, WATCH), ({"method": "mixupp"}, "accepted: .*Did you mean 'mixup'"),
+    ({"noise": "symmetric"}, "accepted: symmetric:RATE"), ({"noise": "symetric:0.4"}, "accepted: none, "),
+    ({"watched": "runs/nowhere"}, "is no run directory")])
+def test_the_watching_page_starts_nothing_it_was_not_asked_for(repo, tmp_path, monkeypatch, wrong, words):
+    monkeypatch.chdir(tmp_path)
+    path = repo / "nbs" / "explore" / "explore_watch.ipynb"
+    with pytest.raises(BadInput, match=words): Page(path, tmp_path, **wrong)
+    assert not list(tmp_path.iterdir()), "it began to work"
 
 
 def test_choices_and_steps():
@@ -230,10 +252,13 @@ def test_papermill_leaves_static_figures_only(repo, folder, name):
     assert out.stat().st_size < 200_000
 
 
-def test_papermill_refuses_an_unknown_parameter(repo, folder):
-    path = repo / "nbs" / "explore" / "explore_noise.ipynb"
-    done = papermill(path, folder / "no.ipynb", "-p", "rate", "0.3", cwd=folder)
-    assert done.returncode and "rate" in done.stderr and "accepted: dataset, seed, data_dir" in done.stderr
+@pytest.mark.parametrize("name, unknown, accepted", [("noise", "rate", "accepted: dataset, seed, data_dir"),
+                                                     ("watch", "epoch", WATCH)])
+def test_papermill_refuses_an_unknown_parameter(repo, tmp_path, name, unknown, accepted):
+    path = repo / "nbs" / "explore" / f"explore_{name}.ipynb"
+    done = papermill(path, tmp_path / "no.ipynb", "-p", unknown, "3", cwd=tmp_path)
+    assert done.returncode and unknown in done.stderr and accepted in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.browser

@@ -13,22 +13,53 @@ import torch
 from lnl_bench.engine.runs import Run
 from lnl_bench.engine.train import load_checkpoint
 
-COMMAND = ["train", "dmlp-naive", "--noise", "symmetric:0.8", "--preset", "smoke", "--set", "dmlp.epochs=12",
-           "--set", "cross-entropy.epochs=6", "--set", "dmlp.feature_epochs=3", "--json"]  # fmt: skip
+EPOCHS = 5  # of the methods with two networks; the first two are warm-up
+PAIR = f"--noise symmetric:0.5 --data digits[300] --set epochs={EPOCHS} --set average=3"
+ARGUMENTS = {
+    "dmlp-naive": "--noise symmetric:0.8 --set dmlp.epochs=12 --set cross-entropy.epochs=6 "
+                  "--set dmlp.feature_epochs=3",
+    "divide-mix": PAIR,
+    "cpc": PAIR,
+}
+NETWORKS = ("nets/weights/0.", "nets/weights/1.", "optimiser1/state", "optimiser2/state",
+            "history", "p_clean")
+KEPT = {"dmlp-naive": ("net/weights", "optimiser/state"), "divide-mix": NETWORKS,
+        "cpc": (*NETWORKS, "cleaners/weights", "teacher1/state", "teacher2/state", "believed", "score")}
+ATTEMPTS = [("dmlp-naive", 0), ("dmlp-naive", 1), ("dmlp-naive", 2), ("divide-mix", 0), ("cpc", 0)]
 
 
-def lnl(*arguments, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen([sys.executable, "-m", "lnl_bench", *arguments], env=environment, **options)
+def start(method, folder):
+    command = [sys.executable, "-m", "lnl_bench", "train", method, *ARGUMENTS[method].split(),
+               "--preset", "smoke", "--json", "--runs-dir", str(folder)]  # fmt: skip
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def finish(folder):
-    process = lnl(*COMMAND, "--runs-dir", str(folder))
+def finish(method, folder):
+    process = start(method, folder)
     error = process.communicate(timeout=240)[1]
     assert process.returncode == 0, error
     (run,) = [Run(p.parent) for p in folder.glob("*/run.json")]
     return run
+
+
+def moments(method, seconds, draw):
+    "Two kills, each the epochs to wait for and the seconds after them: the second falls into a resumed run."
+    if method == "dmlp-naive": return [(0, draw.uniform(0.1, 0.95) * seconds) for _ in range(2)]
+    epochs = draw.randint(1, 2), draw.randint(3, EPOCHS - 1)  # one in warm-up or right after it, one later
+    return [(e, draw.uniform(0, 0.1) * seconds) for e in epochs]
+
+
+def kill(method, folder, epochs, seconds):
+    "Start or resume a run and kill it that many seconds after it has recorded that many epochs in all."
+    process = start(method, folder)
+    while process.poll() is None:
+        if sum(p.read_text().count("\n") for p in folder.glob("*/metrics.jsonl")) >= epochs: break
+        time.sleep(0.02)
+    time.sleep(seconds)
+    if process.poll() is None: os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    return process.returncode
 
 
 def content(run):
@@ -37,39 +68,47 @@ def content(run):
     return {f.name: f.read_bytes() for f in files}
 
 
-def tensors(value, path=""):
-    if isinstance(value, torch.Tensor): yield path, value
-    elif isinstance(value, dict):
-        for k, v in value.items(): yield from tensors(v, f"{path}/{k}")
+def leaves(value, path=""):
+    if isinstance(value, dict):
+        for k, v in value.items(): yield from leaves(v, f"{path}/{k}")
     elif isinstance(value, (list, tuple)):
-        for i, v in enumerate(value): yield from tensors(v, f"{path}/{i}")
+        for i, v in enumerate(value): yield from leaves(v, f"{path}/{i}")
+    else: yield path, value
+
+
+def state(run):
+    "Every tensor and number of the last checkpoint, but how long the file of measured times is."
+    found = dict(leaves(load_checkpoint(run)))
+    del found["/clock"]
+    return found
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor): return a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and a == b
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(request, tmp_path_factory):
     began = time.monotonic()
-    run = finish(tmp_path_factory.mktemp("whole"))
-    return run, time.monotonic() - began
+    run = finish(request.param, tmp_path_factory.mktemp("whole"))
+    return request.param, run, time.monotonic() - began
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("attempt", range(3))
-def test_killed_anywhere_and_resumed(attempt, uninterrupted, tmp_path):
-    whole, seconds = uninterrupted
+@pytest.mark.parametrize("uninterrupted, attempt", ATTEMPTS, indirect=["uninterrupted"])
+def test_killed_anywhere_and_resumed(uninterrupted, attempt, tmp_path):
+    method, whole, seconds = uninterrupted
     seed = random.SystemRandom().randrange(2**32)
-    draw = random.Random(seed)
-    moments = []
-    for _ in range(2):  # twice in one run: the second kill falls into a resumed run
-        process = lnl(*COMMAND, "--runs-dir", str(tmp_path))
-        moments.append(draw.uniform(0.1, 0.95) * seconds)
-        time.sleep(moments[-1])
-        if process.poll() is None: os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-    run = finish(tmp_path)
-    message = f"killed after {moments} s (seed {seed})"
+    plan = moments(method, seconds, random.Random(seed))
+    ends = [kill(method, tmp_path, *moment) for moment in plan]
+    run = finish(method, tmp_path)
+    message = f"killed after (epochs, seconds) {plan} with exit statuses {ends} (seed {seed})"
+    if plan[0][0]: assert ends[0] == -signal.SIGKILL, message
     a, b = content(run), content(whole)
     assert a.keys() == b.keys(), message
     for name in a: assert a[name] == b[name], f"{name} differs; {message}"
-    x, y = dict(tensors(load_checkpoint(run))), dict(tensors(load_checkpoint(whole)))
+    x, y = state(run), state(whole)
     assert x.keys() == y.keys(), message
-    for name in x: assert torch.equal(x[name], y[name]), f"{name} differs; {message}"
+    for name in x: assert same(x[name], y[name]), f"{name} differs; {message}"
+    for part in KEPT[method]: assert any(name.startswith(f"/stage/{part}") for name in x), f"no {part}"

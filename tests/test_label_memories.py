@@ -1,18 +1,17 @@
 "Methods with a table of labels: kernels against slow loops, steps against their formulas, tables that last."
+import functools
 import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+import tasks
 import torch
 import torch.nn.functional as F
 
 from lnl_bench.data.checks import BadInput
-from lnl_bench.data.sources import digits, from_arrays
-from lnl_bench.data.task import make_task, subset
 from lnl_bench.engine.contract import load_stage_state, make_method, stage_state
-from lnl_bench.engine.lab import Lab
 from lnl_bench.engine.mixture import fit_betas
 from lnl_bench.engine.train import load_checkpoint, train
 from lnl_bench.methods import elr, elr_plus, joint_optimisation, m_correction, pencil
@@ -29,8 +28,7 @@ METHODS = {
 }
 
 
-def small_task(noise="symmetric:0.5", n=120, seed=0):
-    return make_task(subset(digits(), n, seed=seed), noise, seed=seed)
+small_task = functools.partial(tasks.digits_task, n=120)
 
 
 def method_of(name, **changes): return make_method(name, SMALL | METHODS[name] | changes)
@@ -42,10 +40,7 @@ def fit(name, task, folder, **changes):
 
 def started(name, task=None, **changes):
     "A lab and the first stage of a method, started."
-    lab = Lab(task or small_task())
-    stage = method_of(name, **changes).stages()[0]
-    stage.start(lab)
-    return lab, stage
+    return tasks.started(method_of(name, **changes).stages()[0], task or small_task())
 
 
 def numbers(rows): return [v for row in rows for v in row.values() if isinstance(v, float)]
@@ -234,11 +229,7 @@ def test_noise_rates_at_the_ends(name, noise, tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("classes", [2, 100])
 def test_two_and_a_hundred_classes(name, classes):
-    g = torch.Generator().manual_seed(0)
-    y = torch.arange(200) % classes
-    images = (torch.rand(200, 1, 8, 8, generator=g) * 255).byte()
-    source = from_arrays(images.numpy(), y.numpy(), [f"class {i}" for i in range(classes)], name="drawn")
-    lab, stage = started(name, make_task(source, "none", seed=0))
+    lab, stage = started(name, tasks.drawn_task(classes))
     for epoch in range(3): assert all(map(math.isfinite, stage.epoch(lab, epoch).values()))
 
 
@@ -253,8 +244,7 @@ def test_a_last_batch_of_one(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_soft_labels_that_are_one_hot_change_nothing(name):
     task = small_task()
-    soft = task.relabel(F.one_hot(task.visible().given, 10).float(), by="one-hot copy")
-    a, b = (started(name, t) for t in (task, soft))
+    a, b = (started(name, t) for t in (task, tasks.one_hot(task)))
     for lab, stage in (a, b): stage.epoch(lab, 0)
     torch.testing.assert_close(a[1].samples(a[0])["loss"], b[1].samples(b[0])["loss"], atol=1e-3, rtol=1e-3)
 

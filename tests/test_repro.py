@@ -112,3 +112,29 @@ def test_parameters_cell_matches_the_library(notebook):
     exec(cell.source, namespace)
     shown = {k: v for k, v in namespace.items() if not k.startswith("_")}
     assert Parameters() == Parameters(**shown)
+
+
+# --- CPC, Table 3 ---
+
+
+@pytest.mark.timeout(300)
+def test_cleaners_page_shows_what_its_runs_recorded(repo, tmp_path):
+    page = repo / "nbs" / "repro" / "repro_cpc_t3.ipynb"
+    done = papermill(page, tmp_path / "out.ipynb", "-p", "preset", "smoke", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "runs" / "repro").glob("cpc_t3-*/table.csv")
+    table = pd.read_csv(file, index_col=0)
+    assert list(table.index) == ["gmm-agn", "gmm-awr", "cpc-agn", "cpc-awr"] and (table["n"] == 1).all()
+    for method, row in table.iterrows():
+        (result,) = (tmp_path / "runs").glob(f"*-{method}-smoke-*/result.json")
+        kept = json.loads(result.read_text())
+        assert row["AUC at the end (× 100)"] == round(100 * kept["noise_detection"]["auc"], 1)
+        assert row["test last"] == round(100 * kept["last"], 1)
+    outputs = [o for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", [])]
+    assert sum("application/vnd.plotly.v1+json" in o.get("data", {}) for o in outputs) == 2
+
+
+def test_cleaners_page_refuses_bad_seeds_before_any_work(repo, tmp_path):
+    page = repo / "nbs" / "repro" / "repro_cpc_t3.ipynb"
+    done = papermill(page, tmp_path / "out.ipynb", "-p", "seeds", "0", cwd=tmp_path)
+    assert done.returncode != 0 and "seeds = 0" in done.stderr and not (tmp_path / "runs").exists()

@@ -1,15 +1,16 @@
 """L2R and MW-Net: their kernels, their edges, and what their weights say of clean and mislabelled samples."""
 
 import copy
+import functools
 
 import pytest
+import tasks
 import torch
 import torch.nn.functional as F
 
 from lnl_bench.data.checks import BadInput
-from lnl_bench.data.noise import make_noise
 from lnl_bench.data.sources import digits
-from lnl_bench.data.task import make_task, subset, task_from_labels, truth_of
+from lnl_bench.data.task import subset, task_from_labels, truth_of
 from lnl_bench.engine.contract import load_stage_state, stage_state
 from lnl_bench.engine.lab import Lab
 from lnl_bench.engine.metagrad import ENGINES, TrainingPass, Trusted, VirtualStep
@@ -30,20 +31,14 @@ SMALL = dict(net="cnn-digits", epochs=4, batch=50, rate=0.05, trusted_batch=30, 
 STAGES = {"l2r": (LearnToReweight, L2RConfig), "mw-net": (MetaWeight, MWNetConfig)}
 
 
-def task_of(n=400, noise="symmetric:0.4", trusted=5, seed=0):
-    source = subset(digits(), n, seed=0)
-    drawn = make_noise(noise, source.labels, 10, seed=seed)
-    return make_task(source, drawn, trusted_per_class=trusted, seed=seed)
+small_task = functools.partial(tasks.digits_task, noise="symmetric:0.4", n=400, trusted=5)
 
 
 def started(name, task=None, **settings):
     "A lab and a started stage."
     stage, config = STAGES[name]
-    lab = Lab(task or task_of(), seed=0)
-    stage = stage(config(**{**SMALL, **settings}))
     torch.manual_seed(0)
-    stage.start(lab)
-    return lab, stage
+    return tasks.started(stage(config(**SMALL | settings)), task or small_task())
 
 
 def test_clipped_weights():
@@ -140,7 +135,7 @@ def test_all_weights_zero_in_a_batch(monkeypatch):
     dict(batch=7)])
 def test_edges_train_with_finite_numbers(name, edge):
     kept = {k: v for k, v in edge.items() if k not in ("trusted", "noise")}
-    task = task_of(150, edge.get("noise", "symmetric:0.4"), edge.get("trusted", 5))
+    task = small_task(n=150, **{k: v for k, v in edge.items() if k not in kept})
     lab, stage = started(name, task, **kept)
     row = stage.epoch(lab, 0)
     assert all(torch.tensor(float(v)).isfinite() for v in row.values()), row
@@ -163,9 +158,8 @@ def test_a_network_without_batch_norm(name, monkeypatch):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_soft_labels(name):
-    task = task_of()
-    soft = task.relabel(F.one_hot(task.given, 10).float(), by="one-hot copy")
-    rows = [stage.epoch(lab, 0) for lab, stage in (started(name, t) for t in (task, soft))]
+    task = small_task()
+    rows = [stage.epoch(lab, 0) for lab, stage in (started(name, t) for t in (task, tasks.one_hot(task)))]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-3)
 
 
@@ -191,7 +185,7 @@ def test_engines_take_the_same_path(name):
 @pytest.mark.parametrize("name", STAGES)
 def test_passes_are_those_of_the_cost_table(name):
     "A step of L2R: 3 forward and 3 backward, for its virtual step needs none; of MW-Net: 3 and 4."
-    lab, stage = started(name, task_of(250), trusted_batch=50)
+    lab, stage = started(name, small_task(n=250), trusted_batch=50)
     stage.epoch(lab, 0)
     trusted = 50 * -(-lab.n // 50)
     assert lab.passes["forward"] == 2 * lab.n + trusted
@@ -222,7 +216,7 @@ def test_records_come_from_memory_and_change_nothing(name):
 
 
 def test_mislabelled_samples_end_with_the_smaller_weights():
-    task = task_of(500, trusted=10)
+    task = small_task(n=500, trusted=10)
     lab, stage = started("l2r", task, epochs=6, rate=0.1, trusted_batch=50)
     for e in range(6): stage.epoch(lab, e)
     clean = task.visible().given == truth_of(task)

@@ -1,15 +1,15 @@
 "GCE, mixup, forward correction, co-teaching and CDR: kernels against slow loops, edges, costs."
+import functools
 import math
 
 import numpy as np
 import pytest
+import tasks
 import torch
 import torch.nn.functional as F
 
 from lnl_bench.data.checks import BadInput
-from lnl_bench.data.sources import digits, from_arrays
-from lnl_bench.data.task import make_task, subset
-from lnl_bench.engine.lab import Batch, Lab
+from lnl_bench.engine.lab import Batch
 from lnl_bench.engine.train import train
 from lnl_bench.methods import cdr, co_teaching, forward_correction, gce, mixup
 from lnl_bench.methods.cross_entropy import learning_rate, per_sample_loss
@@ -31,8 +31,7 @@ def method(name, **changes):
     return cls(cls.Config(**SMALL | settings | changes))
 
 
-def small_task(noise="symmetric:0.5", n=97):
-    return make_task(subset(digits(), n, seed=0), noise, seed=0)
+small_task = functools.partial(tasks.digits_task, n=97)
 
 
 def fit(name, task, folder, **changes):
@@ -157,10 +156,7 @@ def test_a_matrix_of_another_size_is_refused(tmp_path):
 
 
 def started(name, task=None, **changes):
-    lab = Lab(task or small_task())
-    stage = method(name, **changes).stages()[-1]
-    stage.start(lab)
-    return lab, stage
+    return tasks.started(method(name, **changes).stages()[-1], task or small_task())
 
 
 def test_each_network_learns_what_the_other_chose():
@@ -255,11 +251,7 @@ def test_noise_rates_0_and_1(name, noise, tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("classes", [2, 100])
 def test_two_and_a_hundred_classes(name, classes, tmp_path):
-    rng = np.random.default_rng(0)
-    labels = np.arange(3 * classes) % classes
-    images = rng.integers(0, 256, (len(labels), 8, 8), dtype=np.uint8)
-    task = make_task(from_arrays(images, labels, labels_are_true=True), "symmetric:0.3", seed=0)
-    run = fit(name, task, tmp_path, batch=64)
+    run = fit(name, tasks.drawn_task(classes, 3 * classes, "symmetric:0.3"), tmp_path, batch=64)
     assert run.finished and all(math.isfinite(v) for v in run.series("loss"))
 
 

@@ -1,20 +1,18 @@
 """The semi-supervised comparators: their kernels, their edges, and that no noisy label is ever read."""
 
 import dataclasses
+import functools
 import io
 import math
 
 import numpy as np
 import pytest
+import tasks
 import torch
 import torch.nn.functional as F
 
 from lnl_bench.data.checks import BadInput
-from lnl_bench.data.noise import make_noise
-from lnl_bench.data.sources import digits, from_arrays
-from lnl_bench.data.task import make_task, subset, task_from_labels
 from lnl_bench.engine.contract import REGISTRY, load_stage_state, make_method, stage_state
-from lnl_bench.engine.lab import Lab
 from lnl_bench.engine.nets import make_net
 from lnl_bench.engine.train import load_checkpoint, train
 from lnl_bench.methods import fix_match, mean_teacher, mix_match, semi, uda
@@ -23,17 +21,12 @@ NAMES = ("mean-teacher", "mix-match", "mix-match-kl", "fix-match", "uda")
 SMALL = dict(net="cnn-digits", iterations=6, block=3, batch=10, ratio=2, rate=0.05, decay=0.5)
 
 
-def task_of(n=200, noise="symmetric:0.5", trusted=3, seed=0):
-    source = subset(digits(), n, seed=0)
-    drawn = make_noise(noise, source.labels, 10, seed=seed)
-    return make_task(source, drawn, trusted_per_class=trusted, seed=seed)
+small_task = functools.partial(tasks.digits_task, n=200, trusted=3)
 
 
 def started(name, task=None, **settings):
     "A lab and a started stage."
-    lab = Lab(task or task_of(), seed=0)
-    stage = make_method(name, {**SMALL, **settings}).stages()[0]
-    stage.start(lab)
+    lab, stage = tasks.started(make_method(name, SMALL | settings).stages()[0], task or small_task())
     stage.net.train()
     return lab, stage
 
@@ -306,7 +299,7 @@ def test_samples_changes_nothing(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["permuted", "soft"])
 def test_noisy_labels_are_never_read(name, kind, tmp_path):
-    task = task_of()
+    task = small_task()
     order = torch.randperm(task.n, generator=torch.Generator().manual_seed(5))
     other = task.given[order] if kind == "permuted" else F.one_hot(task.given[order], 10).float() * 0.5 + 0.05
     runs = [train(make_method(name, SMALL), t, run_dir=tmp_path / str(i), progress="off")
@@ -325,13 +318,13 @@ def test_noisy_labels_are_never_read(name, kind, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_trusted_image_a_class(name, tmp_path):
-    run = train(make_method(name, SMALL), task_of(trusted=1), run_dir=tmp_path / "run", progress="off")
+    run = train(make_method(name, SMALL), small_task(trusted=1), run_dir=tmp_path / "run", progress="off")
     assert run.finished and all(math.isfinite(v) for v in run.series("loss") + run.series("loss_u"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_larger_than_the_trusted_set_and_than_the_training_set(name):
-    lab, stage = started(name, task_of(n=120, trusted=2), batch=64, ratio=4)
+    lab, stage = started(name, small_task(n=120, trusted=2), batch=64, ratio=4)
     numbers = stage.epoch(lab, 0)  # 20 trusted images, 100 unlabelled ones for 256 places
     assert all(math.isfinite(v) for v in numbers.values())
     x = lab.draw_trusted(64)
@@ -355,12 +348,7 @@ def test_a_threshold_that_is_never_reached_leaves_supervised_training(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("classes", [2, 100])
 def test_two_and_a_hundred_classes(name, classes):
-    g = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (3 * classes + 8, 1, 8, 8), generator=g).byte()
-    labels = torch.arange(len(images)) % classes
-    source = from_arrays(images.numpy(), labels.numpy(), [f"class {c}" for c in range(classes)], name="drawn")
-    task = task_from_labels(source, labels, trusted=(torch.arange(classes), labels[:classes]))
-    lab, stage = started(name, task)
+    lab, stage = started(name, tasks.drawn_task(classes, 3 * classes + 8, trusted=1))
     assert all(math.isfinite(v) for v in stage.epoch(lab, 0).values())
 
 
@@ -389,7 +377,7 @@ def test_registered_with_what_it_needs(name):
     cls = REGISTRY[name]
     assert cls.family == "semi-supervised" and cls.needs == ("trusted set",) and cls.paper
     with pytest.raises(BadInput, match="needs a trusted set"):
-        cls().check(make_task(subset(digits(), 100, seed=0), "none", seed=0))
+        cls().check(tasks.digits_task("none", n=100))
     for f in dataclasses.fields(cls.Config): assert f.metadata["help"] and f.metadata["source"], f.name
 
 

@@ -537,10 +537,10 @@ def test_an_archive_of_something_else(tree, tmp_path):
 
 def test_known_sources_and_unknown_names(tmp_path):
     rows = S.known_sources(tmp_path / "nowhere")
-    assert [r["name"] for r in rows] == ["digits", "cifar10", "cifar100", "cifar10-jpeg"]
-    assert [r["present"] for r in rows] == [True, False, False, False]
+    assert [r["name"] for r in rows] == ["digits", "digits-uneven", "cifar10", "cifar100", "cifar10-jpeg"]
+    assert [r["present"] for r in rows] == [True, True, False, False, False]
     assert all(set(r) == {"name", "present", "how", "licence"} and r["how"] and r["licence"] for r in rows)
-    assert "CC BY-NC 4.0" in rows[3]["licence"] and "Krizhevsky" in rows[1]["licence"]
+    assert "CC BY-NC 4.0" in rows[4]["licence"] and "Krizhevsky" in rows[2]["licence"]
     with refuses("data = 'digitz'", "Did you mean 'digits'?", "cifar100"): S.load_source("digitz", tmp_path)
     with refuses("size = 4"): S.load_source("digits", tmp_path, size=4)
     with refuses("cifar10-jpeg is missing", str(tmp_path)): S.load_source("cifar10-jpeg", tmp_path)

@@ -193,7 +193,7 @@ def test_thumbnails_escape_names_and_ids(made):
     (made.run.path / "labels.csv").write_text(f"index,id,given\n{made.index[at]},<img onerror=x>.png,a\n")
     page = view.thumbnail_html(moment, 4)
     assert "&lt;img onerror=x&gt;.png" in page and f"given: &lt;class&gt; {made.given[at]}" in page
-    assert len(re.findall("<(?!br>)", page)) == 3 and f"clean probability: {made.p_clean[at]:.3f}" in page
+    assert len(re.findall("<(?!br>)", page)) == 5 and f"clean probability: {made.p_clean[at]:.3f}" in page
     assert ("true: " in page) == (moment.true is not None)
     with pytest.raises(BadInput, match="place = -1"): view.thumbnail_html(moment, -1)
 

@@ -480,7 +480,7 @@ def autoaugment(
     *,
     policy: str = "cifar10",  # cifar10, imagenet or svhn
 ) -> Tensor:  # (B, C, H, W)
-    "A pair of operations for each picture from a learnt policy (Cubuk et al. 2019, appendix)."
+    "A pair of operations for each picture from a learnt policy (AutoAugment, Cubuk et al. 2019)."
     table, B = [t.to(images.device) for t in policy_table(policy)], len(images)
     drawn = draw_whole(B, len(table[0]) - 1, generator)
     operation, probability, strength = (t[drawn] for t in table)  # (B, 2) each

@@ -110,7 +110,7 @@ def symmetric_excl(
 # %% ../../nbs/data/noise.ipynb #cell-29
 SIMILAR: dict[str, dict[int, list[int]]] = {
     "cifar10": {9: [1], 2: [0], 4: [7], 3: [5], 5: [3]},  # truck, bird, deer, cat <-> dog; the same, CIFAR-10
-    "digits": {2: [7], 3: [8], 5: [6], 6: [5], 7: [1]},  # Patrini et al. 2017, Sec. 5, MNIST
+    "digits": {2: [7], 3: [8], 5: [6], 6: [5], 7: [1]},  # Patrini et al. 2017, MNIST
 }
 
 # %% ../../nbs/data/noise.ipynb #cell-32
@@ -184,7 +184,7 @@ def asymmetric(
     seed: int,
     dataset: str,  # whose map: "cifar10", "cifar100" (within the superclass), "digits"
 ) -> Tensor:
-    "Given labels (N,): flips to similar classes by the map of the data set (Patrini et al. 2017, Sec. 5)."
+    "Given labels (N,): flips to similar classes by the map of the data set (Patrini et al. 2017)."
     return flip_classes(labels, rate, num_classes, similar_classes(dataset, num_classes), seed)
 
 # %% ../../nbs/data/noise.ipynb #cell-45

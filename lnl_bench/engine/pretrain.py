@@ -99,7 +99,7 @@ def alignment_uniformity(
     z1: torch.Tensor,  # (B, d)
     z2: torch.Tensor,  # (B, d)
 ) -> dict[str, float]:
-    "Both numbers for one batch. Source: Wang and Isola 2020, Eq. (1) and (2), alpha = 2, t = 2."
+    "Both numbers for one batch. Source: Wang and Isola 2020, Sec. 4.1, alpha = 2, t = 2."
     z1, z2 = (F.normalize(z.float(), dim=1) for z in (z1, z2))
     squared = torch.pdist(z1).square()
     alignment, uniformity = (z1 - z2).square().sum(1).mean(), squared.mul(-2).exp().mean().log()

@@ -147,19 +147,20 @@ def _evaluate(self: Trainer, stage: Stage) -> dict[str, float]:
 
 Trainer.evaluate = _evaluate
 
-# %% ../../nbs/engine/train.ipynb #cell-26
+# %% ../../nbs/engine/train.ipynb #cell-27
 def _judge(self: Trainer, arrays: dict) -> dict[str, float]:
-    "How good corrected labels and clean probabilities (n,) are, where the truth is known."
-    scores = {}
-    if self.truth is None: return scores
+    "How good corrected labels, clean probabilities and losses (n,) are, where the truth is known."
+    if self.truth is None: return {}
+    scores, right = {}, self.given == self.truth
     if "corrected" in arrays: scores["label_accuracy"] = accuracy(arrays["corrected"], self.truth)
-    if "p_clean" in arrays:
-        scores["noise_auc"] = noise_detection(arrays["p_clean"], self.given == self.truth)["auc"]
+    if "p_clean" in arrays: scores["noise_auc"] = noise_detection(arrays["p_clean"], right)["auc"]
+    if "loss" in arrays and np.isfinite(arrays["loss"]).all():
+        scores["loss_auc"] = noise_detection(-arrays["loss"], right)["auc"]
     return scores
 
 Trainer.judge = _judge
 
-# %% ../../nbs/engine/train.ipynb #cell-29
+# %% ../../nbs/engine/train.ipynb #cell-30
 def _one_epoch(self: Trainer, stage: Stage) -> dict:
     "Do an epoch and record it; returns the row of metrics."
     lab, self.paused, before, began = self.lab, 0.0, dict(self.lab.passes), time.perf_counter()
@@ -178,7 +179,7 @@ def _one_epoch(self: Trainer, stage: Stage) -> dict:
 
 Trainer.one_epoch = _one_epoch
 
-# %% ../../nbs/engine/train.ipynb #cell-31
+# %% ../../nbs/engine/train.ipynb #cell-32
 def _checkpoint(self: Trainer, number: int, epoch: int, stage: Stage | None) -> None:
     "Save everything needed to go on with stage `number` at `epoch`."
     written = {"metrics": self.run.metrics.size(), "clock": self.run.clock.size()}
@@ -187,7 +188,7 @@ def _checkpoint(self: Trainer, number: int, epoch: int, stage: Stage | None) -> 
 
 Trainer.checkpoint = _checkpoint
 
-# %% ../../nbs/engine/train.ipynb #cell-32
+# %% ../../nbs/engine/train.ipynb #cell-33
 def _restore(self: Trainer) -> tuple[int, int, dict | None]:
     "Where the last checkpoint goes on, and the state of that stage; drops what was recorded after it."
     saved = load_checkpoint(self.run) or {"number": 0, "epoch": 0, "stage": None, "metrics": 0, "clock": 0}
@@ -198,7 +199,7 @@ def _restore(self: Trainer) -> tuple[int, int, dict | None]:
 
 Trainer.restore = _restore
 
-# %% ../../nbs/engine/train.ipynb #cell-34
+# %% ../../nbs/engine/train.ipynb #cell-35
 def _run_stage(self: Trainer, number: int, epoch: int, saved: dict | None) -> None:
     "Carry out one stage from `epoch` on, and publish its result."
     stage, self.epoch = self.stages[number], epoch
@@ -224,7 +225,7 @@ def _run_stage(self: Trainer, number: int, epoch: int, saved: dict | None) -> No
 
 Trainer.run_stage = _run_stage
 
-# %% ../../nbs/engine/train.ipynb #cell-37
+# %% ../../nbs/engine/train.ipynb #cell-38
 def _exported(self: Trainer) -> dict[str, np.ndarray]:
     "Corrected label, confidence, p_clean, each (n,), and soft (n, classes); empty without a classifier."
     given, lab = self.lab.task.given, self.lab
@@ -240,7 +241,7 @@ def _exported(self: Trainer) -> dict[str, np.ndarray]:
 
 Trainer.exported = _exported
 
-# %% ../../nbs/engine/train.ipynb #cell-38
+# %% ../../nbs/engine/train.ipynb #cell-39
 def _export_labels(self: Trainer, out: dict[str, np.ndarray]) -> None:
     "Write `labels.csv`: index and id in the source, given and corrected label, confidence, p_clean."
     t, names = self.task, np.asarray(self.task.class_names)
@@ -252,7 +253,7 @@ def _export_labels(self: Trainer, out: dict[str, np.ndarray]) -> None:
 
 Trainer.export_labels = _export_labels
 
-# %% ../../nbs/engine/train.ipynb #cell-40
+# %% ../../nbs/engine/train.ipynb #cell-41
 def null_nan(
     value,  # nested dictionaries and lists
 ):
@@ -261,7 +262,7 @@ def null_nan(
     if isinstance(value, (list, tuple)): return [null_nan(v) for v in value]
     return None if isinstance(value, float) and value != value else value
 
-# %% ../../nbs/engine/train.ipynb #cell-42
+# %% ../../nbs/engine/train.ipynb #cell-43
 def _repaired(self: Trainer, out: dict[str, np.ndarray]) -> dict:
     "How good the exported labels are; None for every number where there are none or the truth is unknown."
     names = ("before", "after", "per_class")
@@ -276,7 +277,7 @@ def _repaired(self: Trainer, out: dict[str, np.ndarray]) -> dict:
 
 Trainer.repaired = _repaired
 
-# %% ../../nbs/engine/train.ipynb #cell-44
+# %% ../../nbs/engine/train.ipynb #cell-45
 def _summary(self: Trainer, out: dict[str, np.ndarray]) -> dict:
     "Best, last and mean of the last ten epochs, the epoch chosen by the trusted set, label accuracy, cost."
     name, clock = self.stages[-1].name, self.run.clock.read()[0]
@@ -288,7 +289,7 @@ def _summary(self: Trainer, out: dict[str, np.ndarray]) -> dict:
 
 Trainer.summary = _summary
 
-# %% ../../nbs/engine/train.ipynb #cell-46
+# %% ../../nbs/engine/train.ipynb #cell-47
 def _describe_task(self: Trainer) -> None:
     "Write what views need of the task: class names, noise identity, given and, where known, true labels."
     t, path = self.task, self.run.path
@@ -305,7 +306,7 @@ def _describe_task(self: Trainer) -> None:
 
 Trainer.describe_task = _describe_task
 
-# %% ../../nbs/engine/train.ipynb #cell-48
+# %% ../../nbs/engine/train.ipynb #cell-49
 def _fit(self: Trainer) -> None:
     "Carry out all stages that are not done yet."
     self.describe_task()
@@ -326,7 +327,7 @@ def _fit(self: Trainer) -> None:
 
 Trainer.fit = _fit
 
-# %% ../../nbs/engine/train.ipynb #cell-51
+# %% ../../nbs/engine/train.ipynb #cell-52
 def run_name(
     identity: dict,  # what must agree for a run to be continued, as `train` writes it
 ) -> str:
@@ -337,7 +338,7 @@ def run_name(
     name = "-".join((*what, f"s{identity['seed']}", fingerprint(identity)[:8]))
     return re.sub(r"[^A-Za-z0-9._=-]+", "_", name)
 
-# %% ../../nbs/engine/train.ipynb #cell-53
+# %% ../../nbs/engine/train.ipynb #cell-54
 def _train_alone(trainer: Trainer) -> None:
     "Train while holding the run's lock, with random state of its own; whatever happens, the status tells it."
     path, device = trainer.run.path, trainer.lab.device
@@ -354,7 +355,7 @@ def _train_alone(trainer: Trainer) -> None:
             trainer.say(state, f"{type(e).__name__}: {e}")
             raise
 
-# %% ../../nbs/engine/train.ipynb #cell-55
+# %% ../../nbs/engine/train.ipynb #cell-56
 def train(
     method: Method,  # what to train
     task,  # on what

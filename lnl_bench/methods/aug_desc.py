@@ -18,12 +18,12 @@ from .divide_mix import CoDivide, DivideMix, DivideMixConfig
 @dataclasses.dataclass(frozen=True)
 class AugDescConfig(DivideMixConfig):
     "Settings of AugDesc: those of DivideMix, and a view for each purpose, named as in `make_view`."
-    view: str = setting("strong", "augmentation of the images that are learned from", "Sec. 3: AugDesc-WS")
-    guess_view: str = setting("weak", "augmentation under which targets are predicted",
-                              "Sec. 3: AugDesc-WS")
+    view: str = setting("strong", "augmentation of the images that are learned from", "AugDesc-WS")
+    guess_view: str = setting("weak", "augmentation under which targets are predicted; `learned`: no views "
+                              "of their own, but those that are learned from, as in DivideMix", "AugDesc-WS")
     loss_view: str = setting("weak", "augmentation under which the losses of all samples are taken",
-                             "Sec. 3: weak; released code: none")
-    warmup_view: str = setting("weak", "augmentation in the warm-up: weak (WAW), strong (SAW)", "Table 4")
+                             "paper: weak; released code: none")
+    warmup_view: str = setting("weak", "augmentation in the warm-up: weak (WAW), strong (SAW)", "AugDesc")
     schedule: str = setting("step", "learning rate by epoch, as in `schedule_parts`",
                             "released presets: a tenth from half on, or later")
 
@@ -53,10 +53,11 @@ class AugmentedDescent(CoDivide):
     @property
     def batch_views(self):
         c = self.config
-        return (c.view,) * c.views + (c.guess_view,) * c.views
+        return (c.view,) * c.views + (c.guess_view,) * (c.views if c.guess_view != "learned" else 0)
 
     def targets(self, lab, k, x, u):
-        return super().targets(lab, k, *(looked_at(batch, self.config.views) for batch in (x, u)))
+        learned = 0 if self.config.guess_view == "learned" else self.config.views
+        return super().targets(lab, k, *(looked_at(batch, learned) for batch in (x, u)))
 
 # %% ../../nbs/methods/aug_desc.ipynb #cell-22
 @register("aug-desc-divide-mix", "sample selection", "Nishi et al., CVPR 2021 (AugDesc)",

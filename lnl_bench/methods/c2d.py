@@ -32,7 +32,7 @@ class C2DConfig(FeatureConfig, DivideMixConfig):
     clip: float = setting(1.0, "norm of the gradient at most, in the warm-up", "C2D released code", low=1e-6)
     iterations: int = setting(200, "steps of the mixture's fit at most", "C2D released code", low=1)
     judging: str = setting("before both", "when a network judges: before either learns, or just before the "
-                           "other one learns", "DivideMix Alg. 1; C2D released code: in turn",
+                           "other one learns", "DivideMix; C2D released code: in turn",
                            choices=("before both", "in turn"))
 
     def __post_init__(self):

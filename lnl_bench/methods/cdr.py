@@ -20,7 +20,7 @@ def critical(
     gradients: list[torch.Tensor],  # of the same shapes
     share: float,  # 1 - tau, of all weights together
 ) -> list[torch.Tensor]:
-    "Masks of these shapes: which weights are critical; at least one, of equal ones all. Source: Sec. 2."
+    "Masks of these shapes: which weights are critical; at least one, of equal ones all. Source: the paper."
     scores = [(w.detach() * g).abs() for w, g in zip(weights, gradients, strict=True)]
     flat = torch.cat([s.flatten() for s in scores])
     place = len(flat) - max(1, int(share * len(flat) + 1e-9))
@@ -36,7 +36,7 @@ def restricted(
     tau: float,
     decay: float,  # lambda of the absolute penalty; 0 where the optimiser decays
 ) -> torch.Tensor:
-    "The gradient that the optimiser sees. Source: Xia et al. 2021, Sec. 2, positive and negative update."
+    "The gradient that the optimiser sees. Source: Xia et al. 2021, positive and negative update."
     return mask * (1 - tau) * gradient + decay * weight.detach().sign()
 
 # %% ../../nbs/methods/cdr.ipynb #cell-14
@@ -51,8 +51,8 @@ class CDRConfig(CrossEntropyConfig):
     schedule: str = setting("step:1/5,2/5", "learning rate over time, as in `schedule_parts`",
                             "released code: after 40 and 80 epochs")
     variant: str = setting("released", "decay by an absolute penalty, or in proportion to the weight",
-                           "paper: Sec. 2; released code: SGD's weight decay", choices=("paper", "released"))
-    tau: float = setting(0.2, "the share of weights that is not critical", "Sec. 2: the true noise rate",
+                           "paper; released code: SGD's weight decay", choices=("paper", "released"))
+    tau: float = setting(0.2, "the share of weights that is not critical", "paper: the true noise rate",
                          low=0, high=1)
     oracle: str = setting("none", "what of the truth these settings contain, for the record",
                           choices=("none", "noise rate"))

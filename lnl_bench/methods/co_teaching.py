@@ -46,13 +46,13 @@ def disagreement(
 @dataclasses.dataclass(frozen=True)
 class CoTeachingConfig(CrossEntropyConfig):
     "Settings of co-teaching."
-    net: str = setting("cnn9", "architecture of both networks, as in `make_net`", "Han et al. Sec. 4")
+    net: str = setting("cnn9", "architecture of both networks, as in `make_net`", "DMLP Table 4")
     epochs: int = setting(200, "passes over the training data", "Han et al. Sec. 4", low=1)
     rate: float = setting(0.001, "learning rate of Adam", "Han et al. Sec. 4", low=0)
     schedule: str = setting("linear:2/5", "learning rate over time, as in `schedule_parts`",
                             "released code: from epoch 80 in a line to 0")
     view: str = setting("none", "augmentation, as in `make_view`", "released code: none")
-    momentum: float = setting(0.9, "Adam's beta 1 at the full learning rate", "Han et al. Sec. 4", low=0,
+    momentum: float = setting(0.9, "Adam's beta 1 at the full learning rate", "released code", low=0,
                               high=1)
     late_momentum: float = setting(0.1, "Adam's beta 1 once the learning rate falls", "released code",
                                    low=0, high=1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLEANER', 'CPCConfig', 'class_aware', 'Cleaner', 'start_at_means', 'clean_terms', 'noisy_terms', 'confident',
            'mean_over', 'prototype_loss', 'contrast_targets', 'divergence', 'CleanByPrototypes', 'waiting', 'CPC',
-           'CPCAgnostic', 'CPCAware', 'CPCContrast']
+           'CPCAgnostic', 'CPCAware', 'CPCContrast', 'MixtureAgnostic', 'MixtureAware']
 
 # %% ../../nbs/methods/cpc.ipynb #cell-2
 import dataclasses
@@ -18,16 +18,22 @@ from torch import nn
 from ..data.checks import BadInput, build, one_of, setting
 from ..engine.contract import register
 from ..engine.mixture import TwoGaussians, fit_gaussians, to_rows
+from .aug_desc import AugDescConfig, AugmentedDescent
 from .cross_entropy import learning_rate
-from .divide_mix import CoDivide, DivideMix, DivideMixConfig, split
+from .divide_mix import CoDivide, DivideMix, split
 
 # %% ../../nbs/methods/cpc.ipynb #cell-5
 @dataclasses.dataclass(frozen=True)
-class CPCConfig(DivideMixConfig):
-    "Settings of CPC: those of DivideMix, then who divides, then what the paper leaves open."
+class CPCConfig(AugDescConfig):
+    "Settings of CPC: those of its host, then who divides, then what the paper leaves open."
     variant: str = setting("paper", "whose choices; no code of the authors could be read", choices=("paper",))
     epochs: int = setting(450, "epochs, the warm-up included", "A.2.1: 450; WebVision 100, Clothing1M 80",
                           low=1)
+    view: str = setting("weak", "augmentation of the images that are learned from", "host DivideMix")
+    guess_view: str = setting("learned", "augmentation under which targets are predicted; `learned`: that "
+                              "under which the networks learn", "host DivideMix; AugDesc: weak")
+    loss_view: str = setting("none", "augmentation under which losses and features of all samples are taken",
+                             "host DivideMix; AugDesc: weak")
     split: str = setting("prototypes", "what divides the samples in the end", "Table 3",
                          choices=("prototypes", "mixture"))
     mixture: str = setting("aware",
@@ -164,7 +170,7 @@ def contrast_targets(
     labels: torch.Tensor,  # given (B,)
     sure: float = 0.8,  # from here on a guess replaces the label
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Targets (B,) and which samples (B,) have one. Source: MoPro (recalled)."
+    "Targets (B,) and which samples (B,) have one. Source: MoPro's released code."
     q = (p + scores.softmax(1)) / 2
     most, guess = q.max(1)
     keeps = q.gather(1, labels[:, None])[:, 0] > 1 / p.shape[1]
@@ -180,8 +186,8 @@ def divergence(
     return F.binary_cross_entropy_with_logits(score, believed, reduction="none") - entropy
 
 # %% ../../nbs/methods/cpc.ipynb #cell-44
-class CleanByPrototypes(CoDivide):
-    "CPC: DivideMix's epoch, in which prototypes divide."
+class CleanByPrototypes(AugmentedDescent):
+    "CPC: DivideMix's or AugDesc's epoch, in which prototypes divide."
     name = "cpc"
     def start(self, lab):
         super().start(lab)
@@ -370,7 +376,20 @@ class CPCAware(CPC):
     fixed = {"mixture": "aware", "split": "prototypes"}
 
 
-@register("cpc-contrast", "sample selection", f"{CLEANER}, Table 5: CPC w/o GMM", needs=("two networks",))
+@register("cpc-contrast", "sample selection", f"{CLEANER}, Table 5: CPC w/o GMM Cleaner",
+          needs=("two networks",))
 class CPCContrast(CPC):
     "CPC without a mixture: prototypes from prototypical contrast."
     fixed = {"mixture": "none", "split": "prototypes"}
+
+# %% ../../nbs/methods/cpc.ipynb #cell-71
+@register("gmm-agn", "sample selection", f"{CLEANER}, Table 3: GMM_agn", needs=("two networks",))
+class MixtureAgnostic(CPC):
+    "CPC's host, divided by one mixture of all losses; the prototypes learn and never divide."
+    fixed = {"mixture": "agnostic", "split": "mixture"}
+
+
+@register("gmm-awr", "sample selection", f"{CLEANER}, Table 3: GMM_awr", needs=("two networks",))
+class MixtureAware(CPC):
+    "CPC's host, divided by a mixture for each class; the prototypes learn and never divide."
+    fixed = {"mixture": "aware", "split": "mixture"}

@@ -48,7 +48,7 @@ def learning_rate(
 @dataclasses.dataclass(frozen=True)
 class CrossEntropyConfig(Config):
     "Settings of plain training."
-    net: str = setting("preact-resnet18", "architecture, as in `make_net`", "DMLP Sec. 4.1: ResNet18")
+    net: str = setting("preact-resnet18", "architecture, as in `make_net`", "DivideMix Sec. 4.1")
     epochs: int = setting(300, "passes over the training data", "DivideMix released code", low=1)
     batch: int = setting(128, "images in a batch", "DivideMix Sec. 4.1", low=1)
     rate: float = setting(0.02, "learning rate of SGD", "DivideMix Sec. 4.1", low=0)

@@ -25,16 +25,16 @@ from .cross_entropy import learning_rate, per_sample_loss
 @dataclasses.dataclass(frozen=True)
 class TwoNetworksConfig(Config):
     "Settings of the two networks, their optimisers and their warm-up."
-    net: str = setting("preact-resnet18", "architecture, as in `make_net`", "Sec. 4.2")
-    epochs: int = setting(300, "epochs, the warm-up included", "Sec. 4.2; released code 301", low=1)
-    rate: float = setting(0.02, "learning rate of SGD", "Sec. 4.2", low=0)
-    momentum: float = setting(0.9, "momentum of SGD", "Sec. 4.2", low=0, high=1)
-    weight_decay: float = setting(5e-4, "weight decay of SGD", "Sec. 4.2", low=0)
+    net: str = setting("preact-resnet18", "architecture, as in `make_net`", "Sec. 4.1")
+    epochs: int = setting(300, "epochs, the warm-up included", "Sec. 4.1; released code 301", low=1)
+    rate: float = setting(0.02, "learning rate of SGD", "Sec. 4.1", low=0)
+    momentum: float = setting(0.9, "momentum of SGD", "Sec. 4.1", low=0, high=1)
+    weight_decay: float = setting(5e-4, "weight decay of SGD", "Sec. 4.1", low=0)
     schedule: str = setting("step", "learning rate by epoch: a tenth from half on, or half a cosine",
-                            "Sec. 4.2 (step)", choices=("step", "cosine"))
+                            "Sec. 4.1 (step)", choices=("step", "cosine"))
     view: str = setting("weak", "augmentation of training images, as in `make_view`", "released code")
-    warmup: int = setting(10, "epochs of plain training first", "Sec. 4.2: CIFAR-10 10, CIFAR-100 30", low=0)
-    warmup_batch: int = setting(128, "images in a batch of the warm-up", "Sec. 4.2", low=1)
+    warmup: int = setting(10, "epochs of plain training first", "Sec. 4.1: CIFAR-10 10, CIFAR-100 30", low=0)
+    warmup_batch: int = setting(128, "images in a batch of the warm-up", "Sec. 4.1", low=1)
     warmup_penalty: str = setting("none",
                                   "what is added to the warm-up's loss; negative entropy for asymmetric "
                                   "noise", "Sec. 3.1", choices=("none", "negative entropy"))
@@ -44,25 +44,25 @@ class TwoNetworksConfig(Config):
 class DivideMixConfig(TwoNetworksConfig):
     "Settings of DivideMix: those of the networks, then those of the split and of the semi-supervised part."
     variant: str = setting("paper", "whose choices", choices=("paper", "released"))
-    threshold: float = setting(0.5, "tau: clean from this probability on", "Sec. 4.2; 0.6 at 90 % noise",
+    threshold: float = setting(0.5, "tau: clean from this probability on", "Sec. 4.1; 0.6 at 90 % noise",
                                low=0, high=1)
     average: int = setting(1, "epochs over which the losses are averaged", "released code: 5 at 90 % noise",
                            low=1)
     batch: int = setting(128, "labelled images in a batch, and as many unlabelled",
-                         "Sec. 4.2; released code 64",
+                         "Sec. 4.1; released code 64",
                          low=1)
-    views: int = setting(2, "M, augmented views of each image", "Sec. 4.2", low=1)
-    temperature: float = setting(0.5, "T of sharpening", "Sec. 4.2", low=1e-3)
-    alpha: float = setting(4.0, "parameter of mixup's Beta distribution", "Sec. 4.2", low=1e-3)
+    views: int = setting(2, "M, augmented views of each image", "Sec. 4.1", low=1)
+    temperature: float = setting(0.5, "T of sharpening", "Sec. 4.1", low=1e-3)
+    alpha: float = setting(4.0, "parameter of mixup's Beta distribution", "Sec. 4.1", low=1e-3)
     lambda_u: float = setting(25.0, "weight of the unlabelled loss", "App.: 0, 25, 50 or 150", low=0)
     ramp: float = setting(16.0, "epochs after the warm-up in which that weight rises", "released code", low=0)
-    mixing: str = setting("pair", "what a mixing ratio is drawn for", "Eq. (7); released code: batch",
+    mixing: str = setting("pair", "what a mixing ratio is drawn for", "paper: pair; released code: batch",
                           choices=("pair", "batch"))
     guessing: str = setting("batch",
                             "BatchNorm statistics of the network that is trained, while it predicts its "
                             "own targets", "not stated; released code: batch", choices=("batch", "running"))
     squares: str = setting("mean", "squared differences over classes: their mean or their sum",
-                           "released code and MixMatch: mean; Eq. (10): sum", choices=("mean", "sum"))
+                           "released code and MixMatch: mean; paper: sum", choices=("mean", "sum"))
     forwarded: str = setting("both", "which mixed halves are passed through the network",
                              "released code; labelled for Clothing1M", choices=("both", "labelled"))
     oracle: str = setting("none", "what of the truth these settings contain, for the record",
@@ -114,7 +114,7 @@ def sharpen(
     p: torch.Tensor,  # (B, C)
     temperature: float,  # T: below 1 sharper, 1 changes nothing
 ) -> torch.Tensor:
-    "Distributions raised to the power 1/T and normalised again. Source: Eqs. (4) and (6)."
+    "Distributions raised to the power 1/T and normalised again. Source: Eq. (4)."
     powers = p ** (1 / temperature)
     return powers / powers.sum(1, keepdim=True)
 
@@ -145,7 +145,7 @@ def draw_mixing(
     mixing: str,  # "pair": a ratio for each sample; "batch": one for all
     generator: torch.Generator,  # on the CPU
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Mixing ratios l' (n,) from 0.5 to 1 and a random partner for each sample (n,). Source: Eqs. (7), (8)."
+    "Ratios l' (n,) from 0.5 to 1 and a random partner for each sample (n,). Source: MixMatch Eqs. (8), (9)."
     seed = torch.randint(2**62, (), generator=generator).item()  # PyTorch has no seeded Beta distribution
     ratios = np.random.default_rng(seed).beta(alpha, alpha, n if mixing == "pair" else 1)
     ratios = torch.tensor(np.maximum(ratios, 1 - ratios), dtype=torch.float32).expand(n)
@@ -157,7 +157,7 @@ def mix_with(
     ratios: torch.Tensor,  # l' (B,)
     partner: torch.Tensor,  # (B,)
 ) -> torch.Tensor:
-    "Each row of images or targets mixed with its partner's: l' x_1 + (1 - l') x_2. Source: Eqs. (9), (10)."
+    "Each row mixed with its partner's: l' x_1 + (1 - l') x_2. Source: MixMatch Eqs. (10), (11)."
     own = ratios.view(-1, *[1] * (values.ndim - 1))
     return own * values + (1 - own) * values[partner]
 
@@ -167,7 +167,7 @@ def unlabelled_loss(
     targets: torch.Tensor,  # (B, C)
     squares: str = "mean",  # over classes: "mean" or "sum"
 ) -> torch.Tensor:
-    "The squared difference of predicted probabilities and targets, averaged over samples. Source: Eq. (11)."
+    "Squared difference of probabilities and targets, averaged over samples. Source: MixMatch Eq. (4)."
     squared = (logits.float().softmax(1) - targets).square()
     return squared.mean() if squares == "mean" else squared.sum(1).mean()
 
@@ -247,7 +247,7 @@ TwoNetworks.warm_up = _warm_up
 
 # %% ../../nbs/methods/divide_mix.ipynb #cell-50
 class CoDivide(TwoNetworks):
-    "DivideMix: the stage whose epoch is Algorithm 1."
+    "DivideMix: the stage whose epoch is the paper's algorithm."
     loss_view, iterations = "none", 10  # of the judging pass; of the mixture
     @property
     def batch_views(self): return (self.config.view,) * self.config.views  # the first M are mixed

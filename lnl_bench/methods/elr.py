@@ -19,14 +19,14 @@ from .cross_entropy import CrossEntropyConfig, TrainOnLabels, per_sample_loss
 @dataclasses.dataclass(frozen=True)
 class ELRConfig(CrossEntropyConfig):
     "Settings of ELR: those of plain training with other defaults, and two of its own."
-    net: str = setting("resnet34", "architecture, as in `make_net`", "Sec. 5")
-    epochs: int = setting(120, "passes over the training data", "released code, CIFAR-10", low=1)
-    weight_decay: float = setting(1e-3, "weight decay of SGD", "released code", low=0)
+    net: str = setting("resnet34", "architecture, as in `make_net`", "App. G.3")
+    epochs: int = setting(120, "passes over the training data", "App. G.3: CIFAR-10", low=1)
+    weight_decay: float = setting(1e-3, "weight decay of SGD", "App. G.3", low=0)
     schedule: str = setting("step:1/3,1/3,2/3,2/3", "learning rate over time, as in `schedule_parts`",
-                            "released code: a hundredth from epochs 40 and 80 on")
-    beta: float = setting(0.7, "memory of the running average of predictions", "released code: 0.7 for "
+                            "App. G.3: a hundredth after 40 and 80 epochs")
+    beta: float = setting(0.7, "memory of the running average of predictions", "App. G.4: 0.7 for "
                           "CIFAR-10 with symmetric noise, 0.9 otherwise", low=0, high=1)
-    lambda_elr: float = setting(3.0, "strength of the regulariser", "released code: 3; CIFAR-10 with "
+    lambda_elr: float = setting(3.0, "strength of the regulariser", "App. G.4: 3; CIFAR-10 with "
                                 "asymmetric noise 1, CIFAR-100 7", low=0)
 
 # %% ../../nbs/methods/elr.ipynb #cell-8
@@ -42,7 +42,7 @@ def updated_targets(
     p: torch.Tensor,  # (B, C), without gradient
     beta: float,
 ) -> torch.Tensor:
-    "Targets after one more prediction (B, C). Source: ELR Sec. 4.2, temporal ensembling."
+    "Targets after one more prediction (B, C). Source: ELR Sec. 4.3, temporal ensembling."
     return beta * targets + (1 - beta) * p / p.sum(1, keepdim=True)
 
 # %% ../../nbs/methods/elr.ipynb #cell-15
@@ -50,7 +50,7 @@ def early_learning_term(
     p: torch.Tensor,  # (B, C), clipped
     targets: torch.Tensor,  # t (B, C), without gradient
 ) -> torch.Tensor:
-    "log(1 - <p, t>) of each sample (B,): the lower, the more p agrees with the target. Source: ELR Sec. 4."
+    "log(1 - <p, t>) of each sample (B,): the lower, the more p agrees with the target. Source: ELR Sec. 4.2."
     return (-(p * targets).sum(1)).log1p()
 
 # %% ../../nbs/methods/elr.ipynb #cell-20

@@ -28,7 +28,7 @@ from lnl_bench.methods.elr import (
 @dataclasses.dataclass(frozen=True)
 class ELRPlusConfig(ELRConfig):
     "Settings of ELR+: those of ELR with other defaults, then mixup, the averages and the ramps."
-    net: str = setting("preact-resnet18", "architecture of both, as in `make_net`", "Sec. 5")
+    net: str = setting("preact-resnet18", "architecture of both, as in `make_net`", "Table G.2")
     epochs: int = setting(200, "passes over the training data", "released code; CIFAR-100 250", low=1)
     weight_decay: float = setting(5e-4, "weight decay of SGD", "released code", low=0)
     schedule: str = setting("step:3/4", "learning rate over time, as in `schedule_parts`",
@@ -58,7 +58,7 @@ def move_average(
     net: torch.nn.Module,
     kept: float,  # gamma_s
 ) -> None:
-    "Move the weights of `average` towards those of `net`. Source: Tarvainen and Valpola 2017, Eq. (1)."
+    "Move the weights of `average` towards those of `net`. Source: Tarvainen and Valpola 2017, Sec. 2."
     for mean, now in zip(average.parameters(), net.parameters(), strict=True): mean.lerp_(now, 1 - kept)
 
 # %% ../../nbs/methods/elr_plus.ipynb #cell-14
@@ -69,7 +69,7 @@ def mixed_loss(
     strength: float,  # lambda times its ramp
     label_use: str = "as given",  # or "by targets"
 ) -> torch.Tensor:
-    "ELR+'s loss of each sample (B,). Source: ELR Sec. 4.2 and released code."
+    "ELR+'s loss of each sample (B,). Source: ELR Sec. 4.2, App. F and released code."
     if label_use == "by targets":
         labels = labels * targets.clamp_min(1e-12)
         labels = labels / labels.sum(1, keepdim=True)

@@ -19,8 +19,8 @@ from .semi import SemiConfig, SemiSupervised
 @dataclasses.dataclass(frozen=True)
 class FixMatchConfig(SemiConfig):
     "Settings of FixMatch."
-    ratio: int = setting(7, "mu, unlabelled images for a labelled one", "FixMatch Sec. 4.1", low=1)
-    threshold: float = setting(0.95, "tau, least confidence", "FixMatch Sec. 4.1", low=0, high=1)
+    ratio: int = setting(7, "mu, unlabelled images for a labelled one", "FixMatch Sec. 4", low=1)
+    threshold: float = setting(0.95, "tau, least confidence", "FixMatch Sec. 4", low=0, high=1)
     strong: str = setting("randaugment", "strong augmentation, as in `make_view`", "FixMatch Sec. 2.3")
     passes: str = setting("joint", "all images in one pass, or the weak views in one of their own, without a "
                           "gradient", "FixMatch and TorchSSL code", choices=("joint", "apart"))

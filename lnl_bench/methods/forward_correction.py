@@ -33,7 +33,7 @@ def anchor_transition(
     p: torch.Tensor,  # (n, C) predicted probabilities of the given labels
     quantile: float,  # scores from this quantile on are left aside; 1: none
 ) -> torch.Tensor:
-    "The matrix T (C, C), row = true class, from one anchor per class. Source: Patrini et al., Theorem 3."
+    "The matrix T (C, C), row = true class, from one anchor per class. Source: Patrini et al. 2017."
     if quantile == 1: return p[p.argmax(0)]
     place = math.ceil(quantile * (len(p) - 1))
     outlier = p >= p.kthvalue(place + 1, dim=0).values
@@ -59,18 +59,18 @@ def given_transition(
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig(CrossEntropyConfig):
     "Settings of forward correction."
-    net: str = setting("resnet32", "architecture, as in `make_net`", "Sec. 5: ResNet-32; CIFAR-100 ResNet-44")
-    epochs: int = setting(120, "epochs of the corrected training", "Sec. 5; CIFAR-100 150", low=1)
-    rate: float = setting(0.1, "learning rate of SGD", "Sec. 5", low=0)
-    weight_decay: float = setting(1e-4, "weight decay of SGD", "Sec. 5; CIFAR-100 1e-3", low=0)
+    net: str = setting("resnet32", "architecture, as in `make_net`", "paper: ResNet-32; CIFAR-100 ResNet-44")
+    epochs: int = setting(120, "epochs of the corrected training", "released code; CIFAR-100 150", low=1)
+    rate: float = setting(0.1, "learning rate of SGD", "released code", low=0)
+    weight_decay: float = setting(1e-4, "weight decay of SGD", "released code; CIFAR-100 1e-3", low=0)
     schedule: str = setting("step:1/3,2/3", "learning rate over time, as in `schedule_parts`",
-                            "Sec. 5: after 40 and 80 epochs")
-    variant: str = setting("estimated", "the matrix: from a first training, or given", "Sec. 5: both",
+                            "released code: after 40 and 80 epochs")
+    variant: str = setting("estimated", "the matrix: from a first training, or given", "paper: both",
                            choices=("estimated", "given"))
     first_epochs: int = setting(120, "epochs of the plain training that T is estimated from",
-                                "Sec. 5; CIFAR-100 150", low=1)
+                                "released code; CIFAR-100 150", low=1)
     quantile: float = setting(0.97, "images that score this high are no anchors",
-                              "Sec. 5: CIFAR-10; CIFAR-100 1", low=0, high=1)
+                              "released code: CIFAR-10; CIFAR-100 1", low=0, high=1)
     matrix: str = setting("", "for variant 'given': a CSV file, row = true class, or such as symmetric:0.4")
     oracle: str = setting("none", "what of the truth these settings contain, for the record",
                           choices=("none", "transition matrix"))

@@ -20,7 +20,7 @@ def lq_loss(
     labels: torch.Tensor,  # (B,) class numbers or (B, C) probabilities
     q: float,  # above 0, at most 1
 ) -> torch.Tensor:
-    "Generalised cross-entropy of each sample (B,), from 0 to 1/q. Source: Zhang & Sabuncu 2018, Sec. 3."
+    "Generalised cross-entropy of each sample (B,), from 0 to 1/q. Source: Zhang & Sabuncu 2018, Sec. 3.2."
     log_p = logits.float().log_softmax(1)
     by_class = -torch.expm1(q * log_p) / q  # (B, C)
     if labels.ndim == 2: return (labels * by_class).sum(1)
@@ -33,7 +33,7 @@ def truncated(
     q: float,
     k: float,  # the probability below which the loss is constant, above 0
 ) -> torch.Tensor:
-    "The weighted loss of each sample (B,). Source: Zhang & Sabuncu 2018, Sec. 3."
+    "The weighted loss of each sample (B,). Source: Zhang & Sabuncu 2018, truncated L_q."
     return weight * losses + (1 - weight) * (1 - k**q) / q
 
 # %% ../../nbs/methods/gce.ipynb #cell-12
@@ -51,20 +51,20 @@ def pruned(
 @dataclasses.dataclass(frozen=True)
 class GCEConfig(CrossEntropyConfig):
     "Settings of generalised cross-entropy."
-    net: str = setting("resnet34", "architecture, as in `make_net`", "Sec. 4: ResNet-34")
-    epochs: int = setting(120, "passes over the training data", "Sec. 4: CIFAR-10; CIFAR-100 150", low=1)
-    rate: float = setting(0.01, "learning rate of SGD", "Sec. 4", low=0)
-    weight_decay: float = setting(1e-4, "weight decay of SGD", "Sec. 4", low=0)
+    net: str = setting("resnet34", "architecture, as in `make_net`", "experiments: ResNet-34")
+    epochs: int = setting(120, "passes over the training data", "experiments: CIFAR-10; CIFAR-100 150", low=1)
+    rate: float = setting(0.01, "learning rate of SGD", "experiments", low=0)
+    weight_decay: float = setting(1e-4, "weight decay of SGD", "experiments", low=0)
     schedule: str = setting("step:1/3,2/3", "learning rate over time, as in `schedule_parts`",
-                            "Sec. 4: after 40 and 80 epochs")
-    variant: str = setting("truncated", "the loss as it is, or with samples taken out", "Sec. 3",
+                            "experiments: after 40 and 80 epochs")
+    variant: str = setting("truncated", "the loss as it is, or with samples taken out", "paper: both",
                            choices=("plain", "truncated"))
-    q: float = setting(0.7, "towards 0 cross-entropy, at 1 absolute error", "Sec. 4", low=1e-3, high=1)
-    k: float = setting(0.5, "probability below which the truncated loss is constant", "Sec. 4",
+    q: float = setting(0.7, "towards 0 cross-entropy, at 1 absolute error", "experiments", low=1e-3, high=1)
+    k: float = setting(0.5, "probability below which the truncated loss is constant", "experiments",
                        low=1e-3, high=1)
     prune_from: int = setting(40, "epochs before samples are first taken out",
-                              "Sec. 4: CIFAR-10; CIFAR-100 80", low=0)
-    prune_every: int = setting(10, "epochs between two updates of the weights", "Sec. 4", low=1)
+                              "experiments: CIFAR-10; CIFAR-100 80", low=0)
+    prune_every: int = setting(10, "epochs between two updates of the weights", "experiments", low=1)
 
 # %% ../../nbs/methods/gce.ipynb #cell-19
 class TrainRobustly(TrainOnLabels):

@@ -21,7 +21,7 @@ from .elr import TrainWithTable, label_record
 @dataclasses.dataclass(frozen=True)
 class JointOptimisationConfig(CrossEntropyConfig):
     "Settings of Joint Optimisation: of the first step, then of the second, `retrain_...`."
-    net: str = setting("preact-resnet32", "architecture of both steps, as in `make_net`", "Sec. 4.1")
+    net: str = setting("preact-resnet32", "architecture of both steps, as in `make_net`", "released code")
     epochs: int = setting(200, "epochs of the first step", "released code", low=1)
     rate: float = setting(0.08, "learning rate of the first step, constant",
                           "released example, 70 % symmetric noise", low=0)
@@ -30,7 +30,7 @@ class JointOptimisationConfig(CrossEntropyConfig):
     beta: float = setting(0.8, "weight of the entropy term", "released example, symmetric noise", low=0)
     begin: int = setting(70, "epochs before labels are replaced", "released code", low=1)
     memory: int = setting(10, "epochs over which predictions are averaged", "released code", low=1)
-    labels: str = setting("soft", "what the mean prediction becomes", "Sec. 3.2: both; the better is soft",
+    labels: str = setting("soft", "what the mean prediction becomes", "paper: both; the better is soft",
                           choices=("soft", "hard"))
     retrain_epochs: int = setting(120, "epochs of the second step", "released code", low=1)
     retrain_rate: float = setting(0.2, "learning rate of the second step", "released code", low=0)
@@ -44,7 +44,7 @@ def joint_loss(
     alpha: float,
     beta: float,
 ) -> torch.Tensor:
-    "The loss of a batch, up to the labels' entropy, in nats. Source: Tanaka et al. 2018, Eqs. (5) to (8)."
+    "The loss of a batch, up to the labels' entropy, in nats. Source: Tanaka et al. 2018, the joint loss."
     fit = per_sample_loss(logits, labels).mean()
     return fit + alpha * prior_penalty(logits) - beta * negative_entropy(logits)
 
@@ -53,7 +53,7 @@ def mean_labels(
     recent: torch.Tensor,  # (m, n, C) predictions of the last epochs, in any order
     labels: str,  # "soft" or "hard"
 ) -> torch.Tensor:
-    "New labels (n, C). Source: Tanaka et al. 2018, Eqs. (3), (4) and Sec. 4.1."
+    "New labels (n, C). Source: Tanaka et al. 2018, Eqs. (8), (9); the mean: released code."
     mean = recent.float().mean(0)
     return mean if labels == "soft" else F.one_hot(mean.argmax(1), mean.shape[1]).float()
 

@@ -22,7 +22,7 @@ from .cross_entropy import learning_rate, per_sample_loss
 @dataclasses.dataclass(frozen=True)
 class ReweightingConfig(Config):
     "Settings of training on weighted losses beside a trusted batch."
-    net: str = setting("wrn-28-10", "architecture, as in `make_net`", "L2R Sec. 4.2; MW-Net Sec. 4.2")
+    net: str = setting("wrn-28-10", "architecture, as in `make_net`", "L2R Sec. 4.2; MW-Net's WRN script")
     epochs: int = setting(120, "passes over the training data", "L2R: 60,000 steps of 100 images", low=1)
     batch: int = setting(100, "images in a training batch", "L2R and MW-Net released code", low=1)
     rate: float = setting(0.1, "learning rate of SGD", "L2R and MW-Net released code", low=0)

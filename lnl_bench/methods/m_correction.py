@@ -22,18 +22,18 @@ from .elr import TrainWithTable
 @dataclasses.dataclass(frozen=True)
 class MCorrectionConfig(CrossEntropyConfig):
     "Settings of M-correction: those of plain training with other defaults, mixup, and the correction."
-    form: str = setting("M-DYR-H", "what predictions contribute, and what mixing ratios are", "Sec. 3",
-                        choices=("M-DYR-H", "M-DYR-S", "MD-DYR-SH"))
+    form: str = setting("M-DYR-H", "what predictions contribute, and what mixing ratios are",
+                        "Sec. 3; experiments", choices=("M-DYR-H", "M-DYR-S", "MD-DYR-SH"))
     rate: float = setting(0.1, "learning rate of SGD", "released code", low=0)
     weight_decay: float = setting(1e-4, "weight decay of SGD", "released code", low=0)
     schedule: str = setting("step:1/3,5/6", "learning rate over time, as in `schedule_parts`",
                             "released code: a tenth from epochs 100 and 250 on")
-    alpha: float = setting(32.0, "parameter of mixup's Beta distribution", "Sec. 4.1", low=1e-3)
+    alpha: float = setting(32.0, "parameter of mixup's Beta distribution", "released code", low=1e-3)
     warmup: int = setting(105, "epochs of plain mixup", "released code", low=1)
     guided: int = setting(5, "MD-DYR-SH: epochs of guided mixing before bootstrapping", "released code",
                           low=0)
     cooling: int = setting(89, "MD-DYR-SH: epochs in which predictions are sharpened", "released code", low=1)
-    balance: float = setting(1.0, "weight of the regulariser against empty classes", "Sec. 3.2", low=0)
+    balance: float = setting(1.0, "weight of the regulariser against empty classes", "Sec. 3.3", low=0)
     posterior: str = setting("exact", "the mixture's posterior: exact, or looked up in 100 bins",
                              "released code: table", choices=("exact", "table"))
     guessing: str = setting("running", "BatchNorm statistics for predictions of unmixed images: running, in "
@@ -54,7 +54,7 @@ def contribution(
     logits: torch.Tensor,  # of unmixed images (B, C)
     temperature: float,  # T: 1 is the prediction, 0 its largest class
 ) -> torch.Tensor:
-    "What predictions put in place of labels (B, C). Source: Arazo et al. 2019, Secs. 3.2 and 3.4."
+    "What predictions put in place of labels (B, C). Source: Arazo et al. 2019, Sec. 3.2; experiments."
     if temperature: return (logits.float() / temperature).softmax(1)
     return F.one_hot(logits.argmax(1), logits.shape[1]).float()
 
@@ -63,7 +63,7 @@ def temperature_at(
     config: MCorrectionConfig,
     since: int,  # epochs of bootstrapping done
 ) -> float:
-    "T of an epoch. Source: Arazo et al. 2019, Sec. 3.4; released code."
+    "T of an epoch. Source: Arazo et al. 2019, decreasing softmax; released code."
     if config.form != "MD-DYR-SH": return {"M-DYR-H": 0.0, "M-DYR-S": 1.0}[config.form]
     return 1 - 0.999 * min(since, config.cooling - 1) / max(config.cooling - 1, 1)
 
@@ -72,7 +72,7 @@ def guided_ratios(
     w: torch.Tensor,  # (B,)
     partner: torch.Tensor,  # (B,)
 ) -> torch.Tensor:
-    "Mixing ratios (B,) by trust; a half where neither is trusted. Source: Arazo et al. 2019, Sec. 3.4."
+    "Mixing ratios (B,) by trust; a half where neither is trusted. Source: Arazo et al. 2019, dynamic mixup."
     trust = 1 - w.clamp(1e-4, 1 - 1e-4)
     return trust / (trust + trust[partner])
 

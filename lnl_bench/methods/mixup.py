@@ -32,11 +32,11 @@ def mixed(
 @dataclasses.dataclass(frozen=True)
 class MixupConfig(CrossEntropyConfig):
     "Settings of mixup."
-    epochs: int = setting(200, "passes over the training data", "Zhang et al. Sec. 3.4", low=1)
+    epochs: int = setting(200, "passes over the training data", "released code", low=1)
     rate: float = setting(0.1, "learning rate of SGD", "released code", low=0)
-    weight_decay: float = setting(1e-4, "weight decay of SGD", "Zhang et al. Sec. 3.2", low=0)
+    weight_decay: float = setting(1e-4, "weight decay of SGD", "released code", low=0)
     schedule: str = setting("step:1/2,3/4", "learning rate over time, as in `schedule_parts`",
-                            "Zhang et al. Sec. 3.2: after 100 and 150 epochs")
+                            "released code: after 100 and 150 epochs")
     alpha: float = setting(32.0, "parameter of the Beta distribution: the larger, the more equal the parts",
                            "Zhang et al. Sec. 3.4: 8 or 32 for corrupt labels; released code 1", low=1e-3)
     oracle: str = setting("none", "what of the truth these settings contain, for the record",

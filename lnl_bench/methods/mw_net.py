@@ -33,7 +33,7 @@ class MWNetConfig(ReweightingConfig):
     variant: str = setting("paper", "mean of weighted losses, or weights that sum to one over the batch",
                            "paper: mean, as MW-Net.py; WRN script: normalised",
                            choices=("paper", "normalised"))
-    hidden: int = setting(100, "hidden units of the weighting network", "MW-Net Sec. 4; released code", low=1)
+    hidden: int = setting(100, "hidden units of the weighting network", "released code", low=1)
     meta_optimiser: str = setting("adam", "optimiser of the weighting network", "MW-Net.py; WRN script: sgd",
                                   choices=("adam", "sgd"))
     meta_rate: float = setting(1e-3, "its learning rate, constant", "released code", low=0)
@@ -77,7 +77,7 @@ def weigher_gradient(
     engine: str = "forward",
     **options,  # of the engine
 ) -> MetaGradient:
-    "The derivative of the trusted loss after the virtual step by the weigher's parameters: MW-Net Eq. (5)."
+    "The derivative of the trusted loss after the virtual step by the weigher's parameters. Source: MW-Net."
     def loss(logits):
         losses = F.cross_entropy(logits, labels, reduction="none")
         return (batch_weights(weigher(losses.detach()), variant) * losses).sum()

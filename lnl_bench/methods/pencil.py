@@ -23,7 +23,7 @@ from .elr import TrainWithTable
 class PencilConfig(CrossEntropyConfig):
     "Settings of PENCIL: those of plain training, the phases, the terms."
     variant: str = setting("paper", "whose choices", choices=("paper", "released"))
-    net: str = setting("preact-resnet32", "architecture, as in `make_net`", "Sec. 4.1")
+    net: str = setting("preact-resnet32", "architecture, as in `make_net`", "paper")
     epochs: int = setting(320, "epochs of all three phases", "released code", low=1)
     rate: float = setting(0.06, "learning rate of the first two phases, constant", "released code", low=0)
     weight_decay: float = setting(1e-4, "weight decay of SGD", "released code", low=0)
@@ -39,7 +39,7 @@ class PencilConfig(CrossEntropyConfig):
                                  choices=("softmax", "softmax twice"))
     label_rate: float = setting(600.0, "lambda, step size of the label variables; grows with the batch",
                                 "released code, batches of 128", low=0)
-    sureness: float = setting(10.0, "K: label variables start at K times the given label", "Sec. 3.2", low=0)
+    sureness: float = setting(10.0, "K: label variables start at K times the given label", "its code", low=0)
 
 # %% ../../nbs/methods/pencil.ipynb #cell-6
 RELEASED = dict(compatibility="softmax twice", fine_rates="first third")
@@ -49,7 +49,7 @@ def classification_term(
     logits: torch.Tensor,  # of the network (B, C)
     label_logits: torch.Tensor,  # y~ (B, C)
 ) -> torch.Tensor:
-    "L_c / C: mean KL(f || y^d) over samples and classes. Source: PENCIL Sec. 3.3."
+    "L_c / C: mean KL(f || y^d) over samples and classes. Source: PENCIL, classification loss."
     log_f = logits.log_softmax(1)
     return (log_f.exp() * (log_f - label_logits.log_softmax(1))).mean()
 
@@ -59,7 +59,7 @@ def compatibility_term(
     given: torch.Tensor,  # (B,) class numbers or (B, C) probabilities
     compatibility: str = "softmax",  # or "softmax twice"
 ) -> torch.Tensor:
-    "L_o: mean cross-entropy of the labels against the given ones. Source: PENCIL Sec. 3.3; released code."
+    "L_o: mean cross-entropy of the labels against the given ones. Source: PENCIL; released code."
     compared = label_logits if compatibility == "softmax" else label_logits.softmax(1)
     return per_sample_loss(compared, given).mean()
 
@@ -72,7 +72,7 @@ def pencil_loss(
     beta: float,
     compatibility: str = "softmax",
 ) -> torch.Tensor:
-    "The loss of a batch in the second phase. Source: PENCIL Sec. 3.3."
+    "The loss of a batch in the second phase. Source: PENCIL."
     held = compatibility_term(label_logits, given, compatibility)
     entropy = -negative_entropy(logits) / logits.shape[1]
     return classification_term(logits, label_logits) + alpha * held + beta * entropy

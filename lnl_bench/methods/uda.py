@@ -20,10 +20,10 @@ from .fix_match import FixMatchConfig, WeakStrong, confident
 @dataclasses.dataclass(frozen=True)
 class UDAConfig(FixMatchConfig):
     "Settings of UDA."
-    threshold: float = setting(0.8, "tau, least confidence", "UDA App.; TorchSSL", low=0, high=1)
-    temperature: float = setting(0.4, "T of the target", "UDA App.; TorchSSL", low=1e-3)
+    threshold: float = setting(0.8, "tau, least confidence", "UDA Sec. 2.4; TorchSSL", low=0, high=1)
+    temperature: float = setting(0.4, "T of the target", "UDA Sec. 2.4; TorchSSL", low=1e-3)
     annealing: str = setting("none", "how labelled images come in over the training",
-                             "TorchSSL; UDA Sec. 3.2", choices=("none", "linear", "log", "exp"))
+                             "TorchSSL; UDA App. A.1", choices=("none", "linear", "log", "exp"))
 
 # %% ../../nbs/methods/uda.ipynb #cell-7
 def soft_label_loss(
@@ -32,7 +32,7 @@ def soft_label_loss(
     threshold: float,  # tau
     temperature: float,  # T
 ) -> torch.Tensor:
-    "Cross-entropy with sharpened predictions of the weak views, if they are confident. Source: UDA Sec. 2."
+    "Cross-entropy with sharpened predictions of the weak views, if they are confident. Source: UDA Sec. 2.4."
     targets = (weak.float() / temperature).softmax(1)
     return (confident(weak, threshold) * per_sample_loss(strong, targets)).mean()
 
@@ -42,7 +42,7 @@ def signal_threshold(
     classes: int,  # C
     annealing: str,  # "none", "linear", "log" or "exp"
 ) -> float:
-    "The probability eta of its label above which a labelled image is left out. Source: UDA Sec. 3.2."
+    "The probability eta of its label above which a labelled image is left out. Source: UDA App. A.1."
     risen = {"none": 1.0, "linear": progress, "log": 1 - math.exp(-5 * progress),
              "exp": math.exp(5 * (progress - 1))}[annealing]
     return risen * (1 - 1 / classes) + 1 / classes
@@ -53,7 +53,7 @@ def annealed_loss(
     labels: torch.Tensor,  # (B,)
     threshold: float,  # eta
 ) -> torch.Tensor:
-    "Mean cross-entropy of the images that still count; 0 if none does. Source: UDA Sec. 3.2."
+    "Mean cross-entropy of the images that still count; 0 if none does. Source: UDA App. A.1."
     losses = per_sample_loss(logits, labels)
     counts = ((-losses.detach()).exp() <= threshold).float()
     return (counts * losses).sum() / counts.sum().clamp(min=1)

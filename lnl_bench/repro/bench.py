@@ -59,7 +59,8 @@ def by_turns(
     return times[0][1:], times[1][1:]
 
 # %% ../../nbs/repro/bench.ipynb #cell-12
-BENCHES = {"purify": "PurifyBench", "views": "ViewsBench"}  # name -> configuration class of repro.bench_NAME
+# Name -> configuration class of repro.bench_NAME.
+BENCHES = {"purify": "PurifyBench", "step": "StepBench", "views": "ViewsBench"}
 
 
 def run_bench(

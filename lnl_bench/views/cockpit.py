@@ -61,7 +61,8 @@ def _prototypes(run: Run, look: Look, layouts) -> dict | None:
         if not ready: return None
         moment = read_moment(run, max(ready))
         placed = layouts.known[run.path, moment.number]
-    return None if placed is None else prototypes_spec(moment, placed, look.show, look.klass)
+    return None if placed is None else prototypes_spec(moment, placed, look.show, look.klass,
+                                                           look.sample)
 
 # %% ../../nbs/views/cockpit.ipynb #cell-10
 def _weights(run: Run, look: Look, layouts) -> dict:
@@ -150,7 +151,17 @@ def _controls() -> dict[str, widgets.Widget]:
                                          layout=widgets.Layout(width="150px"),
                                          style=style, tooltip="Position in training order; -1: none")}
 
-# %% ../../nbs/views/cockpit.ipynb #cell-24
+# %% ../../nbs/views/cockpit.ipynb #cell-25
+PICTURE = 72  # pixels
+
+
+def _card() -> widgets.HTML:
+    "Where the picture of a sample will stand, and how to get it there."
+    hint = "Point at a sample to see its picture. A click follows it, here and under <b>Weights</b>."
+    place = dict(flex="1", height=f"{PICTURE + 4}px", margin="2px 2px 2px 16px", overflow="hidden")
+    return widgets.HTML(f'<div style="line-height:28px">{hint}</div>', layout=place)
+
+# %% ../../nbs/views/cockpit.ipynb #cell-27
 class Cockpit(widgets.VBox):
     "The views of a run behind tabs, with class, epoch and buttons; see `cockpit`."
     def __init__(self, run: Run, every: float = 0.5):
@@ -159,7 +170,7 @@ class Cockpit(widgets.VBox):
         self.offers = {view: widgets.Dropdown(options=offers, description="Show",
                                               style=dict(description_width="52px"))
                        for view, (offers, _) in VIEWS.items() if offers}
-        self.headline, self.message, self.card = (widgets.HTML() for _ in range(3))
+        self.headline, self.message, self.card = widgets.HTML(), widgets.HTML(), _card()
         self.tabs = widgets.Tab([widgets.HBox(self.tools(view)) for view in VIEWS], titles=tuple(VIEWS))
         self.every, self.figure, self.painter = every, None, None
         self.ruler, self.place = Ruler(), widgets.VBox()
@@ -170,35 +181,49 @@ class Cockpit(widgets.VBox):
         self.connect()
         if not live_here(): self.begin()  # with a browser, as soon as the page has told its width
 
-    def tools(self, view: str) -> list[widgets.Widget]:
-        "What stands in the tab of a view."
-        more = {"Weights": [self.controls["sample"]], "Prototypes": [self.card]}.get(view, [])
-        return ([self.offers[view]] if view in self.offers else []) + more
-
-    def begin(self) -> None:
-        "Put the figure in its place, and keep it up to date from now on."
-        if self.painter: return self.painter.nudge()
-        self.figure = go.FigureWidget(layout=dict(height=480, template=TEMPLATE))
-        self.place.children = [self.figure]
-        self.painter = Painter(self.figure, self.draw, self.tell, self.every, self.listen)
-        self.painter.start()
-
-    def nudge(self, _=None) -> None:
-        "Draw soon, if there is a figure yet."
-        if self.painter: self.painter.nudge()
-
-    def tell(self, text: str) -> None:
-        "Say what cannot be shown, and why."
-        lines = html.escape(text).replace("\n", "<br>")
-        self.message.value = f'<div style="max-width:1100px;line-height:1.4">{lines}</div>' if text else ""
-
     def close(self) -> None:
         "End the painter and the process that computes layouts; the run is not touched."
         if self.painter: self.painter.close()
         if self.layouts: self.layouts.close()
         super().close()
 
-# %% ../../nbs/views/cockpit.ipynb #cell-25
+# %% ../../nbs/views/cockpit.ipynb #cell-29
+def _tools(self: Cockpit, view: str) -> list[widgets.Widget]:
+    "What stands in the tab of a view."
+    offer = [self.offers[view]] if view in self.offers else []
+    if view == "Weights": return [*offer, self.controls["sample"]]
+    if view == "Prototypes": return [widgets.VBox([*offer, self.controls["sample"]]), self.card]
+    return offer
+
+Cockpit.tools = _tools
+
+# %% ../../nbs/views/cockpit.ipynb #cell-31
+def _nudge(self: Cockpit, _=None) -> None:
+    "Draw soon, if there is a figure yet."
+    if self.painter: self.painter.nudge()
+
+Cockpit.nudge = _nudge
+
+# %% ../../nbs/views/cockpit.ipynb #cell-33
+def _begin(self: Cockpit) -> None:
+    "Put the figure in its place, and keep it up to date from now on."
+    if self.painter: return self.painter.nudge()
+    self.figure = go.FigureWidget(layout=dict(height=480, template=TEMPLATE))
+    self.place.children = [self.figure]
+    self.painter = Painter(self.figure, self.draw, self.tell, self.every, self.listen)
+    self.painter.start()
+
+Cockpit.begin = _begin
+
+# %% ../../nbs/views/cockpit.ipynb #cell-35
+def _tell(self: Cockpit, text: str) -> None:
+    "Say what cannot be shown, and why."
+    lines = html.escape(text).replace("\n", "<br>")
+    self.message.value = f'<div style="max-width:1100px;line-height:1.4">{lines}</div>' if text else ""
+
+Cockpit.tell = _tell
+
+# %% ../../nbs/views/cockpit.ipynb #cell-37
 def _connect(self: Cockpit) -> None:
     "Wire the widgets: requests to the run, everything else to the painter."
     for name, request in (("pause", "pause"), ("resume", "run"), ("stop", "stop")):
@@ -212,7 +237,7 @@ def _connect(self: Cockpit) -> None:
 
 Cockpit.connect = _connect
 
-# %% ../../nbs/views/cockpit.ipynb #cell-26
+# %% ../../nbs/views/cockpit.ipynb #cell-38
 def _ask(self: Cockpit, request: str) -> None:
     "Write a request into the run."
     try: self.run.request(request)
@@ -221,7 +246,7 @@ def _ask(self: Cockpit, request: str) -> None:
 
 Cockpit.ask = _ask
 
-# %% ../../nbs/views/cockpit.ipynb #cell-27
+# %% ../../nbs/views/cockpit.ipynb #cell-39
 def _moved(self: Cockpit, change) -> None:
     "The slider was moved: by a person, if not by the painter itself."
     if self.own == threading.get_ident(): return
@@ -230,7 +255,7 @@ def _moved(self: Cockpit, change) -> None:
 
 Cockpit.moved = _moved
 
-# %% ../../nbs/views/cockpit.ipynb #cell-28
+# %% ../../nbs/views/cockpit.ipynb #cell-40
 def _look(self: Cockpit, numbers: list[int]) -> Look:
     "What the widgets say is to be looked at; `numbers` are the recorded epochs."
     view, c = list(VIEWS)[self.tabs.selected_index or 0], self.controls
@@ -240,7 +265,7 @@ def _look(self: Cockpit, numbers: list[int]) -> Look:
 
 Cockpit.look = _look
 
-# %% ../../nbs/views/cockpit.ipynb #cell-29
+# %% ../../nbs/views/cockpit.ipynb #cell-41
 def _refresh(self: Cockpit, numbers: list[int]) -> None:
     "Bring headline, buttons, slider and class names up to date."
     c, state = self.controls, self.run.status().get("state")
@@ -260,7 +285,7 @@ def _refresh(self: Cockpit, numbers: list[int]) -> None:
 
 Cockpit.refresh = _refresh
 
-# %% ../../nbs/views/cockpit.ipynb #cell-30
+# %% ../../nbs/views/cockpit.ipynb #cell-42
 def blank(
     why: str,  # there is nothing to draw
     title: str = "Nothing to show",
@@ -270,7 +295,7 @@ def blank(
     about = dict(template=TEMPLATE, title=text, height=480, margin=dict(t=top))
     return dict(data=[], layout=dict(about, xaxis=axis, yaxis=axis))
 
-# %% ../../nbs/views/cockpit.ipynb #cell-32
+# %% ../../nbs/views/cockpit.ipynb #cell-44
 def _draw(self: Cockpit) -> dict | None:
     "The picture that is asked for, None if it is the one that is there; where there is none, why not."
     try: spec = self.asked()
@@ -279,7 +304,7 @@ def _draw(self: Cockpit) -> dict | None:
 
 Cockpit.draw = _draw
 
-# %% ../../nbs/views/cockpit.ipynb #cell-33
+# %% ../../nbs/views/cockpit.ipynb #cell-45
 def _asked(self: Cockpit) -> dict | None:
     "The picture that the widgets ask for, None if it is there already; `BadInput` where there is none."
     check_format(self.run)
@@ -298,24 +323,24 @@ def _asked(self: Cockpit) -> dict | None:
 
 Cockpit.asked = _asked
 
-# %% ../../nbs/views/cockpit.ipynb #cell-34
+# %% ../../nbs/views/cockpit.ipynb #cell-47
 def _listen(self: Cockpit) -> None:
     "Let points of the prototypes answer the pointer: hovering shows the picture, a click follows the sample."
-    if list(VIEWS)[self.tabs.selected_index] != "Prototypes": return
-    moment = shown_moment(self.run, self.look([m[0] for m in recorded_moments(self.run)]).number)
+    drawn = self.painter.spec["layout"].get("meta")  # only prototypes say of which epoch they are
+    if drawn is None: return
+    moment = read_moment(self.run, drawn["epoch"])
     def told(trace, points, column): return int(trace.customdata[points.point_inds[0]][column])
     def hover(trace, points, state):
-        if points.point_inds: self.card.value = thumbnail_html(moment, told(trace, points, 0), size=64)
+        if points.point_inds: self.card.value = thumbnail_html(moment, told(trace, points, 0), PICTURE)
     def click(trace, points, state):
         if points.point_inds: self.controls["sample"].value = told(trace, points, 1)
-    for trace in self.figure.data:
-        if trace.type != "scattergl": continue
+    for trace in self.figure.data[:-1]:  # the last are the prototypes, which are no samples
         trace.on_hover(hover)
         trace.on_click(click)
 
 Cockpit.listen = _listen
 
-# %% ../../nbs/views/cockpit.ipynb #cell-41
+# %% ../../nbs/views/cockpit.ipynb #cell-54
 OPEN: dict[Path, Cockpit] = {}  # one cockpit a run: running its cell again closes the one before
 
 

@@ -26,16 +26,19 @@ from ..data.checks import BadInput, one_of
 from ..engine.runs import Run, check_format, load_arrays
 from .moments import Moment, fresh, read_moment, recorded_moments
 from .noise import matrix_heatmap
-from .progress import curve, epoch_axis, epoch_rows, figure_spec, points, stage_marks
+from .progress import curve, epoch_rows, points
 from lnl_bench.views.theme import (
     COLOURS,
     SYMBOLS,
+    epoch_axis,
+    figure_spec,
     layout,
     named_runs,
     nothing_yet,
     percent_axis,
     read_labels,
     run_style,
+    stage_marks,
 )
 
 # %% ../../nbs/views/labels.ipynb #cell-7

@@ -17,7 +17,15 @@ import plotly.graph_objects as go
 from ..data.checks import BadInput
 from ..engine.runs import Run, check_format, load_arrays
 from .moments import Moment, fresh, recorded_moments
-from .theme import COLOURS, SYMBOLS, TEMPLATE, heading, nothing_yet, read_labels, stage_starts
+from lnl_bench.views.theme import (
+    COLOURS,
+    SYMBOLS,
+    epoch_axis,
+    figure_spec,
+    nothing_yet,
+    read_labels,
+    stage_marks,
+)
 
 # %% ../../nbs/views/lambdas.ipynb #cell-7
 class Spread(NamedTuple):
@@ -122,18 +130,7 @@ def _own(x: np.ndarray, own: list[float], sample: int, labels: tuple) -> dict:
                 line=dict(color=COLOURS["both"], dash="dot", width=3), marker=dict(symbol="star", size=11),
                 hovertemplate="epoch %{x}: %{y:.3f}")
 
-# %% ../../nbs/views/lambdas.ipynb #cell-21
-def _stage_marks(run: Run) -> dict:
-    "Names of the stages with a dotted line where each begins, for a layout; nothing for a single stage."
-    starts = stage_starts(run)
-    if len(starts) < 2: return {}
-    lines = [dict(type="line", xref="x", yref="paper", x0=s + 0.5, x1=s + 0.5, y0=0, y1=1,
-                  line=dict(color=COLOURS["text"], dash="dot", width=1)) for s in starts.values()]
-    texts = [dict(text=name.replace("<", "&lt;"), x=s + 0.5, y=1, xref="x", yref="paper", xanchor="left",
-                  yanchor="bottom", showarrow=False, font=dict(size=12)) for name, s in starts.items()]
-    return dict(shapes=lines, annotations=texts)
-
-# %% ../../nbs/views/lambdas.ipynb #cell-24
+# %% ../../nbs/views/lambdas.ipynb #cell-22
 def _found(run: Run, name: str, sample: int | None) -> tuple:
     "What `paths_of` found, and of which array: the clean probability stands in for a weight."
     tried = [name] + ["p_clean"] * (name == "weight")
@@ -142,7 +139,7 @@ def _found(run: Run, name: str, sample: int | None) -> tuple:
         if found[0]: return *found, one
     raise nothing_yet({run.path.name: run}, " and no ".join(f"per-sample {t}" for t in tried))
 
-# %% ../../nbs/views/lambdas.ipynb #cell-26
+# %% ../../nbs/views/lambdas.ipynb #cell-24
 def _weight_note(parts: list[dict[str, Spread]], shown: str, wanted: str) -> str:
     "What must be known to read the figure."
     notes = ["Bands: 10th to 90th percentile of the samples."]
@@ -153,7 +150,7 @@ def _weight_note(parts: list[dict[str, Spread]], shown: str, wanted: str) -> str
     if broken: notes.append(f"{broken:,} values are NaN or infinite and left out.")
     return " ".join(notes)
 
-# %% ../../nbs/views/lambdas.ipynb #cell-28
+# %% ../../nbs/views/lambdas.ipynb #cell-26
 NAMES = {"p_clean": "clean probability", "weight": "weight or λ"}
 
 
@@ -171,13 +168,11 @@ def lambda_spec(
     x, what = np.array(numbers, np.int32), NAMES.get(shown, shown.replace("_", " "))
     data = [trace for group in parts[0] for trace in band(x, [p[group] for p in parts], group)]
     if sample is not None: data.append(_own(x, own, sample, labels))
-    title, top = heading(f"{what[0].upper()}{what[1:]} over epochs", _weight_note(parts, shown, name))
-    axes = dict(xaxis=dict(title=dict(text="epoch"), dtick=1 if x[-1] <= 15 else None),
-                yaxis=dict(title=dict(text=f"{what} (no unit)")))
-    return dict(data=data, layout=dict(template=TEMPLATE, title=title, height=520, margin=dict(t=top + 20),
-                                       showlegend=True, uirevision="lambdas", **axes, **_stage_marks(run)))
+    return figure_spec("lambdas", data, f"{what[0].upper()}{what[1:]} over epochs",
+                       _weight_note(parts, shown, name), 520, xaxis=epoch_axis(int(x[-1])),
+                       yaxis=dict(title=dict(text=f"{what} (no unit)")), **stage_marks(run))
 
-# %% ../../nbs/views/lambdas.ipynb #cell-29
+# %% ../../nbs/views/lambdas.ipynb #cell-27
 def lambda_figure(
     run: Run,
     sample: int | None = None,  # its position in training order, from 0
@@ -189,7 +184,7 @@ def lambda_figure(
     nothing was recorded yet or there is no such sample. After Figure 4 of IEG (Zhang et al., CVPR 2020)."""
     return go.Figure(lambda_spec(run, sample, name))
 
-# %% ../../nbs/views/lambdas.ipynb #cell-34
+# %% ../../nbs/views/lambdas.ipynb #cell-32
 def shares(
     values: np.ndarray,  # (m,) finite
     edges: np.ndarray,  # (b + 1,)
@@ -197,7 +192,7 @@ def shares(
     "The share of the values in each bin, (b,) float32; those beyond the last edge count for none."
     return (np.histogram(values, edges)[0] / max(len(values), 1)).astype(np.float32)
 
-# %% ../../nbs/views/lambdas.ipynb #cell-36
+# %% ../../nbs/views/lambdas.ipynb #cell-34
 def _curve_data(moment: Moment) -> tuple[np.ndarray, np.ndarray]:
     "Losses (k,) and weights (k,) of a learned curve, by loss; `BadInput` without one or if it is broken."
     x, y = moment.extra("curve_loss"), moment.extra("curve_weight")
@@ -210,7 +205,7 @@ def _curve_data(moment: Moment) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(x)
     return x[order].astype(np.float32), y[order].astype(np.float32)
 
-# %% ../../nbs/views/lambdas.ipynb #cell-38
+# %% ../../nbs/views/lambdas.ipynb #cell-36
 def _densities(moment: Moment, losses: np.ndarray, edges: np.ndarray) -> list[dict]:
     "The shares of clean and mislabelled samples, or of all, as filled steps on the lower axis."
     whole = np.isfinite(losses)
@@ -227,7 +222,7 @@ def _densities(moment: Moment, losses: np.ndarray, edges: np.ndarray) -> list[di
                     name=f"{name} ({which.sum():,})", hovertemplate="loss from %{x:.2f}: %{y:.1%}")
     return [steps(name, which) for name, which in groups.items()]
 
-# %% ../../nbs/views/lambdas.ipynb #cell-40
+# %% ../../nbs/views/lambdas.ipynb #cell-38
 def _bin_edges(x: np.ndarray, losses: np.ndarray) -> np.ndarray:
     "61 edges over the curve and all but the largest half percent of the losses."
     whole = losses[np.isfinite(losses)]
@@ -235,7 +230,7 @@ def _bin_edges(x: np.ndarray, losses: np.ndarray) -> np.ndarray:
     low, high = float(min(ends)), float(max(ends))
     return np.linspace(low, high if high > low else low + 1, 61)
 
-# %% ../../nbs/views/lambdas.ipynb #cell-42
+# %% ../../nbs/views/lambdas.ipynb #cell-40
 def _curve_note(moment: Moment, losses: np.ndarray | None, edges: np.ndarray) -> str:
     "What must be known to read the figure."
     if losses is None: return "This moment has no per-sample losses."
@@ -247,7 +242,7 @@ def _curve_note(moment: Moment, losses: np.ndarray | None, edges: np.ndarray) ->
     if moment.true is None: notes.append("True labels are not known: clean and wrong are not told apart.")
     return " ".join(notes)
 
-# %% ../../nbs/views/lambdas.ipynb #cell-44
+# %% ../../nbs/views/lambdas.ipynb #cell-42
 def curve_spec(moment: Moment) -> dict:
     "The figure of `curve_figure` as plain dictionaries; errors as there."
     (x, y), losses = _curve_data(moment), moment.arrays.get("loss")
@@ -256,16 +251,14 @@ def curve_spec(moment: Moment) -> dict:
                  line=dict(color=COLOURS["both"], width=3),
                  hovertemplate="loss %{x:.2f}: weight %{y:.3f}")]
     if losses is not None: data += _densities(moment, losses, edges)
-    title, top = heading(f"Learned weight of a loss at {moment.title}", _curve_note(moment, losses, edges))
     axes = dict(xaxis=dict(title=dict(text="loss (nats)"), anchor="y2", range=[edges[0], edges[-1]]),
                 yaxis=dict(title=dict(text="weight (no unit)"), domain=[0.42, 1]),
                 yaxis2=dict(title=dict(text="samples (%)"), domain=[0, 0.34], tickformat=".0%",
                             rangemode="tozero"))
-    return dict(data=data, layout=dict(template=TEMPLATE, title=title, height=560, margin=dict(t=top),
-                                       showlegend=True,
-                                       uirevision="curve", **axes))
+    title, note = f"Learned weight of a loss at {moment.title}", _curve_note(moment, losses, edges)
+    return figure_spec("curve", data, title, note, **axes)
 
-# %% ../../nbs/views/lambdas.ipynb #cell-45
+# %% ../../nbs/views/lambdas.ipynb #cell-43
 def curve_figure(moment: Moment) -> go.Figure:
     """The function from loss to weight that a method has learned, above the distribution of the losses.
 

@@ -83,7 +83,16 @@ def _set_changes(target, old: dict, new: dict) -> int:
     for key in changed: target[key] = new.get(key)
     return len(changed)
 
-# %% ../../nbs/views/live.ipynb #cell-16
+# %% ../../nbs/views/live.ipynb #cell-17
+def _no_room(widget: go.FigureWidget, layout: dict) -> dict:
+    "Free the room that the legends of a layout take; returns the layout as it is then."
+    names = {"legend", *(k for k in layout if k.startswith("legend"))}
+    moved = {k: dict(layout.get(k) or {}, xref="paper", yref="paper") for k in names}
+    with widget.batch_update():
+        for k, legend in moved.items(): widget.layout[k] = legend
+    return layout | moved
+
+# %% ../../nbs/views/live.ipynb #cell-19
 def paint(
     widget: go.FigureWidget,  # changed in place
     old: dict,  # the specification that it shows now
@@ -92,6 +101,7 @@ def paint(
     "Turn the figure into the new one in as few messages as possible; returns how many properties changed."
     alike = [t.get("type") for t in old["data"]] == [t.get("type") for t in new["data"]]
     if not alike:
+        old = dict(old, layout=_no_room(widget, old["layout"]))
         widget.data = ()
         widget.add_traces([dict(t) for t in new["data"]])
     with widget.batch_update():
@@ -99,7 +109,7 @@ def paint(
         if not alike: return count + len(new["data"])
         return count + sum(map(_set_changes, widget.data, old["data"], new["data"]))
 
-# %% ../../nbs/views/live.ipynb #cell-19
+# %% ../../nbs/views/live.ipynb #cell-22
 class Painter:
     "Keeps one figure up to date in a thread of its own, until it is closed."
     def __init__(self, widget: go.FigureWidget, draw: Callable, tell: Callable[[str], None],

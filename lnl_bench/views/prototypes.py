@@ -335,9 +335,11 @@ def thumbnail_html(
     if p_clean is not None: text += f"<br>clean probability: {p_clean[position[place]]:.3f}"
     if moment.true is not None and labels_now(moment)[position[place]] != moment.true[position[place]]:
         text += "<br>✗ its label is wrong now"
-    return (f'<div style="line-height:1.4"><img src="data:image/png;base64,{data}" alt="sample" '
-            f'width="{w * scale:.0f}" height="{h * scale:.0f}" style="image-rendering:pixelated"><br>'
-            f'{text}</div>')
+    return (f'<div style="display:flex;gap:12px;line-height:18px"><img src="data:image/png;base64,{data}" '
+            f'alt="sample" width="{w * scale:.0f}" height="{h * scale:.0f}" '
+            'style="image-rendering:pixelated">'
+            f'<div style="flex:1;height:{size}px;columns:220px;column-fill:auto">{text}'
+            f'<br>position in training order: {position[place]}</div></div>')
 
 # %% ../../nbs/views/prototypes.ipynb #cell-60
 COLOUR_NAMES = {"given": "given label", "corrected": "corrected label", "true": "true label",
@@ -453,7 +455,17 @@ def _name_tags(names: list[str], places: np.ndarray, highlight: int | None) -> l
     chosen = [highlight] if highlight is not None else range(len(names)) if len(names) <= 2 * DISTINCT else []
     return [tag(c) for c in chosen if np.isfinite(places[c]).all()]
 
-# %% ../../nbs/views/prototypes.ipynb #cell-81
+# %% ../../nbs/views/prototypes.ipynb #cell-82
+def _followed(position: np.ndarray, points: np.ndarray, sample: int | None) -> list[dict]:
+    "An arrow to the sample at a position in training order; none where it is not shown or has no place."
+    place = np.flatnonzero(position == sample) if sample is not None else []
+    if len(place) == 0 or not np.isfinite(points[place[0]]).all(): return []
+    x, y = points[place[0]].tolist()
+    return [dict(text=f"followed: position {sample}", x=x, y=y, showarrow=True, arrowhead=2, arrowwidth=2,
+                 arrowcolor="#767676", standoff=5, ax=-70, ay=-40, borderpad=2,
+                 bgcolor="rgba(255,255,255,0.9)", font=dict(size=13, color="#111111"))]
+
+# %% ../../nbs/views/prototypes.ipynb #cell-84
 def _note(moment: Moment, layout: Layout) -> str:
     "What must be known to read the figure."
     own = "the method's own" if "prototypes" in moment.arrays else "means of the samples by label now"
@@ -464,12 +476,13 @@ def _note(moment: Moment, layout: Layout) -> str:
     if moment.true is None: parts.append("True labels are not known.")
     return " ".join(parts)
 
-# %% ../../nbs/views/prototypes.ipynb #cell-83
+# %% ../../nbs/views/prototypes.ipynb #cell-86
 def prototypes_spec(
     moment: Moment,
     layout: Layout,  # of this moment or, until it is there, of an earlier one
     colour: str = "given",  # one of `colourings(moment)`
     highlight: int | None = None,  # a class to pick out
+    sample: int | None = None,  # position in training order of a sample to point at, if it is shown
 ) -> dict:
     "The figure of `prototypes_figure` as plain dictionaries; errors as there."
     position, classes = shown_samples(moment)[0], len(moment.names)
@@ -486,11 +499,12 @@ def prototypes_spec(
     title, top = heading(f"{len(position):,} samples and class prototypes by {COLOUR_NAMES[colour]} at "
                          f"{moment.title}", _note(moment, layout))
     tags = _name_tags(moment.names, layout.prototypes, highlight)
+    tags += _followed(position, layout.points, sample)
     return dict(data=traces, layout=dict(template=TEMPLATE, title=title, height=640, margin=dict(t=top),
                                          uirevision="prototypes", hovermode="closest", showlegend=True,
-                                         annotations=tags, **_axes()))
+                                         annotations=tags, meta=dict(epoch=moment.number), **_axes()))
 
-# %% ../../nbs/views/prototypes.ipynb #cell-84
+# %% ../../nbs/views/prototypes.ipynb #cell-87
 def _axes() -> dict:
     "Two axes without numbers, and a legend with symbols of one size."
     bare = dict(showticklabels=False, ticks="", showgrid=False)
@@ -498,7 +512,7 @@ def _axes() -> dict:
                 yaxis=bare | dict(title=dict(text="UMAP 2 (no unit)")),
                 legend=dict(itemsizing="constant"))
 
-# %% ../../nbs/views/prototypes.ipynb #cell-86
+# %% ../../nbs/views/prototypes.ipynb #cell-89
 def prototypes_figure(
     moment: Moment,
     layout: Layout | None = None,  # None: made afresh, which takes seconds
