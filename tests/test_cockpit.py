@@ -148,9 +148,9 @@ def test_points_of_the_prototypes_answer_the_pointer(lab, server):
         lab.page.wait_for_timeout(1000)
         assert len(card.inner_text()) > 20 and "Traceback" not in server.log.read_text()[logged:]
     lab.tab("Weights").click()
-    lab.wait(lambda: any(t["name"].startswith(f"sample {at}, given {samples['given'][at]}")
+    lab.wait(lambda: any(t["name"].startswith(f"position {at}, given {samples['given'][at]}")
                          for t in lab.plot_data()), 20, "its path")
-    path = next(t["y"] for t in lab.plot_data() if t["name"].startswith(f"sample {at},"))
+    path = next(t["y"] for t in lab.plot_data() if t["name"].startswith(f"position {at},"))
     assert np.allclose(path, [load_arrays(p)["p_clean"][at] for *_, p in run.snapshots()])
     shot(lab, "followed-weights")
     assert not lab.external and not lab.page_errors and not lab.tracebacks()
@@ -196,12 +196,13 @@ def test_replay_shows_the_numbers_of_that_epoch(lab, server, kept):
 def test_a_view_leaves_no_trace_on_the_next(lab, server, kept):
     words = {"Losses": "Losses", "Weights": "over epochs", "Labels": "Label", "Progress": "Progress"}
     watch(server, lab, "runs/kept")
-    places = []
-    for tab in ("Weights", "Labels", "Losses", "Progress", "Weights", "Progress", "Labels", "Progress", "Losses"):
+    places, first, size = [], ("Weights", "Labels", "Losses"), ("l", "r", "t", "w")
+    for tab in (*first, "Progress", "Weights", "Progress", "Labels", "Progress", "Losses"):
         lab.tab(tab).click()
         lab.wait(lambda t=tab: words[t] in title(lab), 20, tab)
         lab.page.wait_for_timeout(1000)
-        places.append((tab, *lab.plot().evaluate("g => ['l', 'r', 't', 'w'].map(k => g._fullLayout._size[k])")))
+        drawn = lab.plot().evaluate("(g, size) => size.map((k) => g._fullLayout._size[k])", size)
+        places.append((tab, *drawn))
     assert len({p[0] for p in places}) == 4 == len(set(places)), places
 
 

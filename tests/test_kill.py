@@ -1,5 +1,6 @@
 """A run killed with SIGKILL at a random moment and taken up again ends the same, to the last bit."""
 
+import functools
 import os
 import random
 import signal
@@ -90,16 +91,21 @@ def same(a, b):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(request, tmp_path_factory):
-    began = time.monotonic()
-    run = finish(request.param, tmp_path_factory.mktemp("whole"))
-    return request.param, run, time.monotonic() - began
+def uninterrupted(tmp_path_factory):
+    "For the name of a method its run without a kill, made once, and how many seconds that took."
+    @functools.cache
+    def get(method):
+        began = time.monotonic()
+        run = finish(method, tmp_path_factory.mktemp("whole"))
+        return run, time.monotonic() - began
+
+    return get
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("uninterrupted, attempt", ATTEMPTS, indirect=["uninterrupted"])
-def test_killed_anywhere_and_resumed(uninterrupted, attempt, tmp_path):
-    method, whole, seconds = uninterrupted
+@pytest.mark.parametrize("method, attempt", ATTEMPTS)
+def test_killed_anywhere_and_resumed(method, attempt, uninterrupted, tmp_path):
+    whole, seconds = uninterrupted(method)
     seed = random.SystemRandom().randrange(2**32)
     plan = moments(method, whole, seconds, random.Random(seed))
     ends = [kill(method, tmp_path, *moment) for moment in plan]

@@ -77,7 +77,7 @@ def test_a_samples_own_path(made):
     for sample in (0, 7):
         own = view.lambda_figure(made.run, sample=sample).data[-1]
         assert np.array_equal(own.y, made.values[:, sample], equal_nan=True)
-        assert own.name.startswith(f"sample {sample}, given class {made.given[sample]}")
+        assert own.name.startswith(f"position {sample}, given class {made.given[sample]}")
         assert (f"true class {made.true[sample]}" in own.name) == known(made)
     for wrong in (-1, made.n):
         with pytest.raises(BadInput, match=f"sample = {wrong}"): view.lambda_figure(made.run, sample=wrong)

@@ -651,7 +651,8 @@ def labels_spec(
 ) -> dict:
     "The figure of `labels_figure` as plain dictionaries; errors as there."
     one_of("show", show, SHOWS)
-    at = None if moment is None or moment.live else moment.number
+    latest = moment is None or moment.live or moment.number == recorded_moments(run)[-1][0]
+    at = None if latest else moment.number  # the end of the axis needs no mark
     if show == "accuracy": return label_accuracy_spec(run, at=at)
     if show == "per class": return per_class_history_spec(run, klass, at)
     if show == "changes": return repair_spec(run, klass, at)

@@ -124,7 +124,7 @@ def band(
 def _own(x: np.ndarray, own: list[float], sample: int, labels: tuple) -> dict:
     "The path of a sample."
     given, true, names = labels
-    about = f"sample {sample}, given {names[given[sample]]}"
+    about = f"position {sample}, given {names[given[sample]]}"
     if true is not None: about += f", true {names[true[sample]]}"
     return dict(type="scatter", mode="lines+markers", x=x, y=np.array(own, np.float32), name=about,
                 line=dict(color=COLOURS["both"], dash="dot", width=3), marker=dict(symbol="star", size=11),

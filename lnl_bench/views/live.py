@@ -127,18 +127,6 @@ class Painter:
         "Draw soon: somebody asked for something else."
         self.wake.set()
 
-    def once(self) -> None:
-        "Draw if there is something new."
-        try:
-            new = self.draw()
-            if new is None: return
-            self.painted += bool(paint(self.widget, self.spec, new))
-            self.spec = new
-            self.after()
-            self.tell("")
-        except BadInput as e: self.tell(str(e))
-        except Exception: self.tell(traceback.format_exc())
-
     def work(self) -> None:
         "Draw again and again."
         while not self.ended.is_set():
@@ -153,3 +141,18 @@ class Painter:
         self.ended.set()
         self.wake.set()
         if self.thread.is_alive() and self.thread is not threading.current_thread(): self.thread.join(10)
+
+# %% ../../nbs/views/live.ipynb #cell-24
+def _once(self: Painter) -> None:
+    "Draw if there is something new."
+    try:
+        new = self.draw()
+        if new is None: return
+        self.painted += bool(paint(self.widget, self.spec, new))
+        self.spec = new
+        self.after()
+        self.tell("")
+    except BadInput as e: self.tell(str(e))
+    except Exception: self.tell(traceback.format_exc())
+
+Painter.once = _once
