@@ -111,7 +111,7 @@ def snapshot_of(stage, lab) -> dict[str, np.ndarray]:
 # %% ../../nbs/engine/record.ipynb #cell-27
 class Beat:
     "Writes the live state of a run, seldom enough to cost at most one percent of the time."
-    def __init__(self, run: Run, share: float = 0.01, seconds: float = 0.5):
+    def __init__(self, run: Run, share: float = 0.01, seconds: float = 0.35):
         self.run, self.share, self.seconds, self.due = run, share, seconds, 0.0
 
     def now(self, stage, lab, epoch: int) -> bool:

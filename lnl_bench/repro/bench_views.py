@@ -46,9 +46,10 @@ class ViewsBench(Config):
     "What is measured."
     net: str = setting("cnn9", "architecture, as in `make_net`", "nine-layer CNN of Co-teaching")
     samples: int = setting(50_000, "training samples", "CIFAR-10", low=100)
-    batch: int = setting(32, "images in a batch", "a quarter of the papers': recording weighs more", low=1)
-    batches: int = setting(3, "in a stretch", "about two seconds on two cores", low=1)
-    pairs: int = setting(12, "of stretches, for each ratio", "ours: a minute a ratio", low=2)
+    batch: int = setting(8, "images in a batch", "ours: so short that the live state changes twice a second",
+                         low=1)
+    batches: int = setting(24, "in a stretch", "ours: about five seconds on two cores", low=1)
+    pairs: int = setting(14, "of stretches, for each ratio", "ours: two minutes a ratio", low=2)
     updates: int = setting(1000, "of a figure, while memory is looked at", "ours", low=10)
     browser: str = setting("auto", "whether one is measured: where chromium is found, yes or no",
                            choices=("auto", "yes", "no"))
@@ -131,7 +132,7 @@ def follower(run: Run) -> Iterator[tuple[Crowd, Path]]:
         while not told.exists() or told.read_text().startswith("0 "):
             if process.poll() is not None: raise BadInput("the process that watches ended at once.")
             time.sleep(0.1)
-        time.sleep(20)  # what it compiles once, for the layout of prototypes, is over then
+        time.sleep(5)  # what is imported and drawn once is over then
         yield crowd, told
     finally:
         crowd.send(signal.SIGKILL)
@@ -206,7 +207,7 @@ def _painted(told: Path, before: str, awake: float) -> str:
     "What the process that watches did since it told `before`."
     (count, busy), (was, lost) = (map(float, text.split()) for text in (told.read_text(), before))
     share = (busy - lost) / awake
-    return f"painted {count - was:.0f} times in about {awake:.0f} s awake, drawing for {share:.1%} of them"
+    return f"painted {count - was:.0f} times in about {awake:.0f} s awake, with {share:.1%} of a core"
 
 # %% ../../nbs/repro/bench_views.ipynb #cell-19
 def chromium_here(config: ViewsBench) -> str | None:

@@ -164,7 +164,7 @@ def _card() -> widgets.HTML:
 # %% ../../nbs/views/cockpit.ipynb #cell-27
 class Cockpit(widgets.VBox):
     "The views of a run behind tabs, with class, epoch and buttons; see `cockpit`."
-    def __init__(self, run: Run, every: float = 0.5):
+    def __init__(self, run: Run, every: float = 0.45):
         self.run, self.seen, self.own, self.layouts = run, None, None, None
         self.controls = _controls()
         self.offers = {view: widgets.Dropdown(options=offers, description="Show",
@@ -346,7 +346,7 @@ OPEN: dict[Path, Cockpit] = {}  # one cockpit a run: running its cell again clos
 
 def cockpit(
     run: Run | Path | str,  # a run, or its directory, which need not exist yet
-    every: float = 0.5,  # seconds between looks at the run
+    every: float = 0.45,  # seconds between looks at the run
 ) -> Cockpit | None:
     "The views of a run with tabs, selectors, replay and buttons; without a browser, static figures instead."
     run = run if isinstance(run, Run) else Run(run)

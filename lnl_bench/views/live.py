@@ -113,7 +113,7 @@ def paint(
 class Painter:
     "Keeps one figure up to date in a thread of its own, until it is closed."
     def __init__(self, widget: go.FigureWidget, draw: Callable, tell: Callable[[str], None],
-                 every: float = 0.5, after: Callable = lambda: None):
+                 every: float = 0.45, after: Callable = lambda: None):
         self.widget, self.draw, self.tell, self.every, self.after = widget, draw, tell, every, after
         self.spec, self.painted, self.busy = {"data": [], "layout": {}}, 0, 0.0
         self.wake, self.ended = threading.Event(), threading.Event()
@@ -130,9 +130,9 @@ class Painter:
     def work(self) -> None:
         "Draw again and again."
         while not self.ended.is_set():
-            began = time.perf_counter()
+            began = time.thread_time()
             self.once()
-            self.busy += (took := time.perf_counter() - began)
+            self.busy += (took := time.thread_time() - began)
             self.wake.wait(max(self.every, min(20 * took, 5)))
             self.wake.clear()
 

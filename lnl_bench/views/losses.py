@@ -81,11 +81,12 @@ def _start(centres, counts) -> tuple[np.ndarray, np.ndarray]:
 def fit_binned(
     centres: np.ndarray,  # (B,) of the bins
     counts: np.ndarray,  # (K, B) a histogram a row
-    rounds: int = 60,  # of expectation and maximisation
+    rounds: int = 60,  # of expectation and maximisation, at most
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights, means and standard deviations, (K, 2) each, the smaller mean first.
 
-    NaN where a histogram has fewer than ten samples or three filled bins. No scale is below half a bin."""
+    It ends when no mean moves by more than a hundredth of a bin. No scale is below half a bin. NaN where a
+    histogram has fewer than ten samples or three filled bins."""
     floor, powers = (centres[1] - centres[0]) / 2, centres[:, None] ** np.arange(3)
     means, spread = _start(centres, counts)
     weights, scales = np.full_like(means, 0.5), np.maximum(spread / 2, floor).repeat(2, axis=1)
@@ -94,8 +95,9 @@ def fit_binned(
         held = density * (counts / density.sum(2).clip(min=1e-300))[:, :, None]
         mass, first, second = np.moveaxis(held.transpose(0, 2, 1) @ powers, 2, 0)
         mass = mass.clip(min=1e-12)
-        weights, means = mass / mass.sum(1, keepdims=True), first / mass
+        weights, means, before = mass / mass.sum(1, keepdims=True), first / mass, means
         scales = np.sqrt((second / mass - means**2).clip(min=floor**2))
+        if np.abs(means - before).max() < 0.02 * floor: break
     order = means.argsort(1)
     found = [np.take_along_axis(a, order, 1) for a in (weights, means, scales)]
     unfit = (counts.sum(1) < 10) | ((counts > 0).sum(1) < 3)
@@ -164,7 +166,17 @@ def counts_per_class(
     place = np.clip(((loss - edges[0]) / (edges[-1] - edges[0]) * bins).astype(np.int64), 0, bins - 1)
     return np.bincount(given * bins + place, minlength=num_classes * bins).reshape(num_classes, bins)
 
-# %% ../../nbs/views/losses.ipynb #cell-35
+# %% ../../nbs/views/losses.ipynb #cell-36
+LIVE_SAMPLES = 10_000
+
+
+@functools.lru_cache(maxsize=4)
+def _some(n: int, most: int = LIVE_SAMPLES) -> np.ndarray | slice:
+    "Positions of `most` of `n` samples, ascending and always the same; all where there are not more."
+    if n <= most: return slice(None)
+    return np.sort(np.random.default_rng(0).choice(n, most, replace=False))
+
+# %% ../../nbs/views/losses.ipynb #cell-38
 class LossState:
     "What the view draws of a moment: histograms, mixtures, thresholds and numbers, each computed when asked."
     def __init__(self, moment: Moment):
@@ -193,12 +205,14 @@ class LossState:
     def sizes(self) -> np.ndarray: return np.bincount(self.given, minlength=self.num_classes)
     @functools.cached_property
     def scores(self) -> list[tuple[float, float]]:
-        return split_scores(self.loss, self.wrong, self.given, self.num_classes)
+        some = _some(len(self.loss)) if self.moment.live else slice(None)
+        wrong = None if self.wrong is None else self.wrong[some]
+        return split_scores(self.loss[some], wrong, self.given[some], self.num_classes)
     @functools.cached_property
     def fitted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return fit_binned(self.centres, np.vstack([self.counts, self.counts.sum(0)]))  # of all: the last row
 
-# %% ../../nbs/views/losses.ipynb #cell-37
+# %% ../../nbs/views/losses.ipynb #cell-40
 def _mixture(self: LossState, x: np.ndarray, scope: str) -> tuple[np.ndarray, np.ndarray, str]:
     "Density (K, len(x), 2), threshold (K,), origin; `scope`: `class` (K = C) or `all` (K = 1)."
     size, extra = self.num_classes if scope == "class" else 1, self.moment.extra
@@ -220,7 +234,7 @@ def _mixture(self: LossState, x: np.ndarray, scope: str) -> tuple[np.ndarray, np
 
 LossState.mixture = _mixture
 
-# %% ../../nbs/views/losses.ipynb #cell-40
+# %% ../../nbs/views/losses.ipynb #cell-43
 STACKED = dict(barmode="stack", bargap=0)  # of a layout with bars of `_bars`
 
 
@@ -237,7 +251,7 @@ def _bars(state: LossState, c: int | None, axis: str, legend: bool) -> list[dict
     wrong, stripes = pick(state.wrong_counts), dict(shape="/", size=6, fillmode="overlay", fgopacity=0.5)
     return [bar(total - wrong, "clean", "clean"), bar(wrong, "mislabelled", "noisy", pattern=stripes)]
 
-# %% ../../nbs/views/losses.ipynb #cell-42
+# %% ../../nbs/views/losses.ipynb #cell-45
 CURVES = {"class": ("mixture of this class", "solid"), "all": ("mixture of all classes", "dot")}
 
 
@@ -253,17 +267,19 @@ def _curve(state: LossState, scope: str, row: int, size: float, axis: str, legen
                  showlegend=legend,
                  line=dict(color=COLOURS["text"], width=2 if scope == "class" else 1.5, dash=dash))]
 
-# %% ../../nbs/views/losses.ipynb #cell-44
+# %% ../../nbs/views/losses.ipynb #cell-47
 def _note(state: LossState, origins: set[str]) -> str:
     "What must be known to read the figure."
     lost, beyond = int((~state.finite).sum()), int((state.loss > state.edges[-1]).sum())
     parts = [f"Vertical lines: thresholds of the mixtures ({' and '.join(sorted(origins))})."][:len(origins)]
     if state.wrong is None: parts.append("True labels are not known: clean and wrong are not told apart.")
     if lost: parts.append(f"{lost:,} losses are NaN or infinite and not drawn.")
+    if state.moment.live and len(state.loss) > LIVE_SAMPLES:
+        parts.append(f"AUC and KS of {LIVE_SAMPLES:,} samples while the epoch goes on.")
     if beyond: parts.append(f"{beyond:,} losses above {state.edges[-1]:.3g} are counted in the last bin.")
     return " ".join(parts)
 
-# %% ../../nbs/views/losses.ipynb #cell-46
+# %% ../../nbs/views/losses.ipynb #cell-49
 def _large(state: LossState, klass: int | None) -> dict:
     "The losses of one class, or of all together, with mixtures and thresholds."
     x = np.linspace(state.edges[0], state.edges[-1], 300)
@@ -277,7 +293,7 @@ def _large(state: LossState, klass: int | None) -> dict:
     axes = dict(xaxis=dict(title=dict(text="loss (nats)")), yaxis=dict(title=dict(text="samples")))
     return figure_spec("losses", data, _title(state, klass), _note(state, origins), 520, **STACKED, **axes)
 
-# %% ../../nbs/views/losses.ipynb #cell-47
+# %% ../../nbs/views/losses.ipynb #cell-50
 def _title(state: LossState, klass: int | None) -> str:
     "Class, moment, and its two numbers."
     where = f"at {state.moment.title}"
@@ -289,7 +305,7 @@ def _title(state: LossState, klass: int | None) -> str:
     told = "" if np.isnan(auc) else f"AUC of the split {auc:.3f}, "
     return f"Losses of {state.names[klass]} {where}: {told}KS distance from all {distance:.3f}"
 
-# %% ../../nbs/views/losses.ipynb #cell-50
+# %% ../../nbs/views/losses.ipynb #cell-53
 def _domains(count: int, columns: int, gap: tuple[float, float]) -> list[tuple[list[float], list[float]]]:
     "The (x, y) parts of the figure for each small multiple, row by row from the top."
     rows = -(-count // columns)
@@ -298,21 +314,21 @@ def _domains(count: int, columns: int, gap: tuple[float, float]) -> list[tuple[l
     return [(part(i % columns, wide, gap[0]), part(rows - 1 - i // columns, high, gap[1]))
             for i in range(count)]
 
-# %% ../../nbs/views/losses.ipynb #cell-52
+# %% ../../nbs/views/losses.ipynb #cell-55
 def _numbers(state: LossState, c: int) -> str:
     "AUC (where truth is known) and KS distance of a class, as text."
     auc, distance = state.scores[c]
     if state.sizes[c] == 0: return "no sample"
     return f"KS {distance:.2f}" if np.isnan(auc) else f"AUC {auc:.2f}, KS {distance:.2f}"
 
-# %% ../../nbs/views/losses.ipynb #cell-53
+# %% ../../nbs/views/losses.ipynb #cell-56
 def _caption(state: LossState, c: int, x: float, y: float) -> dict:
     "Name and numbers above a small multiple."
     return dict(text=f"<b>{state.names[c]}</b>  {_numbers(state, c)}", x=x, y=y, xref="paper", yref="paper",
                 showarrow=False,
                 xanchor="center", yanchor="bottom", font=dict(size=12))
 
-# %% ../../nbs/views/losses.ipynb #cell-54
+# %% ../../nbs/views/losses.ipynb #cell-57
 def _multiples(state: LossState) -> dict:
     "A small histogram a class."
     classes = state.num_classes
@@ -337,7 +353,7 @@ def _multiples(state: LossState) -> dict:
     return figure_spec("losses", data, title, _note(state, origins), max(420, 160 + 200 * rows),
                        annotations=notes, **STACKED, **axes)
 
-# %% ../../nbs/views/losses.ipynb #cell-56
+# %% ../../nbs/views/losses.ipynb #cell-59
 def _heat(state: LossState) -> dict:
     "A row a class, coloured by the share of its samples in each bin; the class most unlike the whole on top."
     distance = np.array([d for _, d in state.scores])
@@ -355,7 +371,7 @@ def _heat(state: LossState) -> dict:
     return figure_spec("losses", [heat], title, note, 620, xaxis=dict(title=dict(text="loss (nats)")),
                        yaxis=dict(type="category", autorange="reversed", title=dict(text="given class")))
 
-# %% ../../nbs/views/losses.ipynb #cell-57
+# %% ../../nbs/views/losses.ipynb #cell-60
 def losses_spec(
     moment: Moment,
     klass: int | str | None = None,  # a class, "all" together, or None: classes side by side
@@ -367,7 +383,7 @@ def losses_spec(
                       else klass)
     return _multiples(state) if state.num_classes <= 25 else _heat(state)
 
-# %% ../../nbs/views/losses.ipynb #cell-58
+# %% ../../nbs/views/losses.ipynb #cell-61
 def losses_figure(
     moment: Moment,
     klass: int | str | None = None,  # a class, "all" together, or None: classes side by side
