@@ -116,6 +116,7 @@ class Painter:
                  every: float = 0.45, after: Callable = lambda: None):
         self.widget, self.draw, self.tell, self.every, self.after = widget, draw, tell, every, after
         self.spec, self.painted, self.busy = {"data": [], "layout": {}}, 0, 0.0
+        self.sent, self.lag, self.pending = 0.0, 0.0, False  # to the browser; until its answer; no answer yet
         self.wake, self.ended = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self.work, name="painter", daemon=True)
 
@@ -133,7 +134,8 @@ class Painter:
             began = time.thread_time()
             self.once()
             self.busy += (took := time.thread_time() - began)
-            self.wake.wait(max(self.every, min(20 * took, 5)))
+            asked = self.wake.wait(max(self.every, min(20 * took, 5)))
+            if not asked and (rest := self.rest()) > 0: self.wake.wait(rest)
             self.wake.clear()
 
     def close(self) -> None:
@@ -142,14 +144,33 @@ class Painter:
         self.wake.set()
         if self.thread.is_alive() and self.thread is not threading.current_thread(): self.thread.join(10)
 
+# %% ../../nbs/views/live.ipynb #cell-23
+def _rest(self: Painter) -> float:
+    "Seconds for which the browser should be left alone from now on; 0 where none has ever answered."
+    since = time.monotonic() - self.sent
+    lag = max(self.lag, since) if self.pending and self.lag else self.lag
+    return min(8 * lag, 2) - since
+
+Painter.rest = _rest
+
 # %% ../../nbs/views/live.ipynb #cell-24
+def _answered(self: Painter) -> None:
+    "The browser has drawn what was sent."
+    self.pending, self.lag = False, time.monotonic() - self.sent
+
+Painter.answered = _answered
+
+# %% ../../nbs/views/live.ipynb #cell-26
 def _once(self: Painter) -> None:
     "Draw if there is something new."
     try:
         new = self.draw()
         if new is None: return
-        self.painted += bool(paint(self.widget, self.spec, new))
-        self.spec = new
+        changed = paint(self.widget, self.spec, new)
+        self.spec, self.painted = new, self.painted + bool(changed)
+        if changed and not self.pending:  # one question at a time: without a browser none is ever answered
+            self.sent, self.pending = time.monotonic(), True
+            self.widget.on_edits_completed(self.answered)
         self.after()
         self.tell("")
     except BadInput as e: self.tell(str(e))
