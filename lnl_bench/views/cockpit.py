@@ -210,7 +210,7 @@ def _begin(self: Cockpit) -> None:
     if self.painter: return self.painter.nudge()
     self.figure = go.FigureWidget(layout=dict(height=480, template=TEMPLATE))
     self.place.children = [self.figure]
-    self.painter = Painter(self.figure, self.draw, self.tell, self.every, self.listen)
+    self.painter = Painter(self.figure, self.draw, self.tell, self.every, self.listen, self.ruler)
     self.painter.start()
 
 Cockpit.begin = _begin

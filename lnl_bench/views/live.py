@@ -28,7 +28,9 @@ def live_here() -> bool:
 
 # %% ../../nbs/views/live.ipynb #cell-7
 class Ruler(anywidget.AnyWidget):
-    "A widget without height that knows how wide the place is where it stands, in pixels; 0 until shown."
+    """A widget without height that knows how wide the place is where it stands, in pixels; 0 until shown.
+
+    After `asked` was raised, `answered` follows as soon as the browser has nothing left to draw."""
     _esm = """
     // anywidget gives a widget two seconds to load, which the five megabytes of a figure exceed where
     // training keeps the machine busy; then it would never be shown. A minute is given instead.
@@ -42,9 +44,13 @@ class Ruler(anywidget.AnyWidget):
       };
       const watch = new ResizeObserver(tell);
       watch.observe(el);
-      return () => watch.disconnect();
+      const answer = () => requestAnimationFrame(() => setTimeout(() => {
+        model.set("answered", model.get("asked")); model.save_changes();
+      }));
+      model.on("change:asked", answer);
+      return () => { watch.disconnect(); model.off("change:asked", answer); };
     } }"""
-    width = traitlets.Int(0).tag(sync=True)
+    width, asked, answered = (traitlets.Int(0).tag(sync=True) for _ in range(3))
 
 # %% ../../nbs/views/live.ipynb #cell-8
 def fitted(
@@ -113,10 +119,11 @@ def paint(
 class Painter:
     "Keeps one figure up to date in a thread of its own, until it is closed."
     def __init__(self, widget: go.FigureWidget, draw: Callable, tell: Callable[[str], None],
-                 every: float = 0.45, after: Callable = lambda: None):
+                 every: float = 0.45, after: Callable = lambda: None, ruler: Ruler | None = None):
         self.widget, self.draw, self.tell, self.every, self.after = widget, draw, tell, every, after
         self.spec, self.painted, self.busy = {"data": [], "layout": {}}, 0, 0.0
-        self.sent, self.lag, self.pending = 0.0, 0.0, False  # to the browser; until its answer; no answer yet
+        self.ruler, self.sent, self.lag, self.pending = ruler, 0.0, 0.0, False
+        if ruler: ruler.observe(self.answered, "answered")
         self.wake, self.ended = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self.work, name="painter", daemon=True)
 
@@ -149,12 +156,12 @@ def _rest(self: Painter) -> float:
     "Seconds for which the browser should be left alone from now on; 0 where none has ever answered."
     since = time.monotonic() - self.sent
     lag = max(self.lag, since) if self.pending and self.lag else self.lag
-    return min(8 * lag, 2) - since
+    return min(8 * lag, 4) - since
 
 Painter.rest = _rest
 
 # %% ../../nbs/views/live.ipynb #cell-24
-def _answered(self: Painter) -> None:
+def _answered(self: Painter, _=None) -> None:
     "The browser has drawn what was sent."
     self.pending, self.lag = False, time.monotonic() - self.sent
 
@@ -168,9 +175,9 @@ def _once(self: Painter) -> None:
         if new is None: return
         changed = paint(self.widget, self.spec, new)
         self.spec, self.painted = new, self.painted + bool(changed)
-        if changed and not self.pending:  # one question at a time: without a browser none is ever answered
+        if changed and self.ruler and not self.pending:  # one question at a time
             self.sent, self.pending = time.monotonic(), True
-            self.widget.on_edits_completed(self.answered)
+            self.ruler.asked += 1
         self.after()
         self.tell("")
     except BadInput as e: self.tell(str(e))
