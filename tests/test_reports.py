@@ -56,6 +56,22 @@ def test_speed_claims_hold_in_the_stored_measurement(repo):
     assert by_name["100 epochs of IPC and EAC, d=2048"]["seconds"] < 60
 
 
+def test_watching_costs_what_the_pages_say(repo):
+    rows = {row["name"]: row for row in json.loads((repo / "reports" / "bench_views.json").read_text())}
+    assert rows["recording, together"]["ratio"] <= 1.02 and rows["attached"]["ratio"] <= 1.05
+    told = rows["attached"]["detail"]
+    painted, seconds = map(int, re.search(r"painted (\d+) times in about (\d+) s", told).groups())
+    assert painted / seconds >= 1.7, "about twice a second"
+    assert rows["one update of a figure"]["seconds"] < 0.01
+    assert float(re.search(r"grew by ([\d.]+) MB", rows["memory after 1,000 updates"]["detail"])[1]) < 5
+    size = rows["replay an epoch of a run of 300"]["detail"]
+    megabytes, files = re.search(r"(\d+) MB in (\d+) files", size).groups()
+    assert int(megabytes) < 150 and int(files) < 150
+    told = (repo / "README.md").read_text()
+    percent = re.search(r"a browser on the same two cores (\d+) %", " ".join(told.split()))
+    assert abs(int(percent[1]) - 100 * (rows["attached, with a browser"]["ratio"] - 1)) <= 1
+
+
 def mean(results, method, noise, column, correction=None):
     "The mean of a column over the seeds of one method on digits; three seeds, or the test fails."
     wanted = {"dataset": "digits", "noise_type": "symmetric", "preset": "laptop", "noise": noise}
