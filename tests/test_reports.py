@@ -82,6 +82,19 @@ def mean(results, method, noise, column, correction=None):
     return 100 * rows[column].mean()
 
 
+def test_cleaners_do_what_the_page_says(repo):
+    paths = [p.parent for p in (repo / "reports" / "runs").glob("digits-uneven-*/run.json")]
+    areas = {}
+    for run in map(Run, paths): areas.setdefault(run.about["method"], []).append(run.series("noise_auc"))
+    names = ("gmm-agn", "gmm-awr", "cpc-agn", "cpc-awr")
+    assert {m: len(a) for m, a in areas.items()} == dict.fromkeys(names, 3)
+    mean = {m: pd.DataFrame(a).mean() for m, a in areas.items()}
+    for m, first in (("gmm-agn", 0.954), ("cpc-agn", 0.954), ("gmm-awr", 0.976), ("cpc-awr", 0.976)):
+        assert round(mean[m][10], 3) == first
+    assert all((m[12:] > 0.98).all() for m in mean.values())
+    for kind in ("agn", "awr"): assert mean[f"cpc-{kind}"].iloc[-1] < mean[f"gmm-{kind}"].iloc[-1] + 0.001
+
+
 def test_dmlp_on_digits_does_what_the_pages_say(results):
     both = {n: mean(results, "dmlp", n, "label_accuracy_after", "ipc+eac") for n in (0.2, 0.5, 0.8, 0.9)}
     assert both[0.9] >= 88
