@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'DataDir', 'Set', 'Preset', 'Seed', 'RunsDir', 'say', 'as_text', 'show_rows', 'joined', 'pairs',
            'methods', 'data', 'outcome', 'report_run', 'train', 'purify', 'notebook_folder', 'find_notebook', 'page_of',
-           'output_path', 'repro', 'watch', 'bench', 'report', 'main']
+           'output_path', 'repro', 'watch', 'bench', 'report', 'interrupted', 'main']
 
 # %% ../nbs/cli.ipynb #cell-2
 import json
@@ -283,6 +283,14 @@ def report(
     if as_json: print(json.dumps(rows))
 
 # %% ../nbs/cli.ipynb #cell-53
+def interrupted(
+    command: str = "",  # the first word after `lnl`
+) -> str:
+    "What is said when a person interrupts a command."
+    goes_on = command in ("train", "purify", "repro")
+    return "lnl: interrupted" + ("; the same command goes on from the last epoch." if goes_on else ".")
+
+# %% ../nbs/cli.ipynb #cell-55
 def main() -> None:
     "Run the command line: bad input is one line on standard error and exit status 2."
     try: app(joined(sys.argv[1:]))
@@ -290,5 +298,5 @@ def main() -> None:
         say(f"lnl: {e}")
         sys.exit(2)
     except KeyboardInterrupt:
-        say("lnl: interrupted; the same command goes on from the last epoch.")
+        say(interrupted(*sys.argv[1:2]))
         sys.exit(130)
