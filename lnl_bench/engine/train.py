@@ -155,7 +155,9 @@ def _judge(self: Trainer, arrays: dict) -> dict[str, float]:
     if "corrected" in arrays: scores["label_accuracy"] = accuracy(arrays["corrected"], self.truth)
     if "p_clean" in arrays: scores["noise_auc"] = noise_detection(arrays["p_clean"], right)["auc"]
     if "loss" in arrays and np.isfinite(arrays["loss"]).all():
-        scores["loss_auc"] = noise_detection(-arrays["loss"], right)["auc"]
+        trained = self.lab.labels.cpu()  # which an earlier stage may have corrected
+        trained = trained if trained.ndim == 1 else trained.argmax(1)
+        scores["loss_auc"] = noise_detection(-arrays["loss"], trained == self.truth)["auc"]
     return scores
 
 Trainer.judge = _judge
