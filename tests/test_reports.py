@@ -82,6 +82,14 @@ def mean(results, method, noise, column, correction=None):
     return 100 * rows[column].mean()
 
 
+def test_a_step_is_made_of_passes(repo):
+    rows = {row["name"]: row for row in json.loads((repo / "reports" / "bench_step.json").read_text())}
+    outside = [row["ratio"] for name, row in rows.items() if name.endswith("outside passes")]
+    assert len(outside) == 3 and max(outside) < 0.15
+    counted = [row["detail"] for name, row in rows.items() if name.endswith(": epoch")]
+    assert len(counted) == 3 and all(text.endswith("as measured") for text in counted)
+
+
 def cleaners(repo, noise):
     "Mean AUC over three seeds by epoch (from 0) of CPC's four cleaners, from the records."
     kept, areas = (repo / "reports" / "runs").glob(f"digits-uneven-symmetric-{noise}-*"), {}
