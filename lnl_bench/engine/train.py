@@ -151,13 +151,12 @@ Trainer.evaluate = _evaluate
 def _judge(self: Trainer, arrays: dict) -> dict[str, float]:
     "How good corrected labels, clean probabilities and losses (n,) are, where the truth is known."
     if self.truth is None: return {}
-    scores, right = {}, self.given == self.truth
+    trained = self.lab.labels.cpu()  # the given labels, or those of an earlier stage that corrected them
+    scores, right = {}, (trained if trained.ndim == 1 else trained.argmax(1)) == self.truth
     if "corrected" in arrays: scores["label_accuracy"] = accuracy(arrays["corrected"], self.truth)
     if "p_clean" in arrays: scores["noise_auc"] = noise_detection(arrays["p_clean"], right)["auc"]
     if "loss" in arrays and np.isfinite(arrays["loss"]).all():
-        trained = self.lab.labels.cpu()  # which an earlier stage may have corrected
-        trained = trained if trained.ndim == 1 else trained.argmax(1)
-        scores["loss_auc"] = noise_detection(-arrays["loss"], trained == self.truth)["auc"]
+        scores["loss_auc"] = noise_detection(-arrays["loss"], right)["auc"]
     return scores
 
 Trainer.judge = _judge
