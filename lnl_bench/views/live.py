@@ -48,6 +48,7 @@ class Ruler(anywidget.AnyWidget):
         model.set("answered", model.get("asked")); model.save_changes();
       }));
       model.on("change:asked", answer);
+      if (model.get("asked") !== model.get("answered")) answer();  // the page that was asked is gone
       return () => { watch.disconnect(); model.off("change:asked", answer); };
     } }"""
     width, asked, answered = (traitlets.Int(0).tag(sync=True) for _ in range(3))
@@ -122,7 +123,7 @@ class Painter:
                  every: float = 0.45, after: Callable = lambda: None, ruler: Ruler | None = None):
         self.widget, self.draw, self.tell, self.every, self.after = widget, draw, tell, every, after
         self.spec, self.painted, self.busy = {"data": [], "layout": {}}, 0, 0.0
-        self.ruler, self.sent, self.lag, self.pending = ruler, 0.0, 0.0, False
+        self.ruler, self.last, self.sent, self.lag, self.pending = ruler, 0.0, 0.0, 0.0, False
         if ruler: ruler.observe(self.answered, "answered")
         self.wake, self.ended = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self.work, name="painter", daemon=True)
@@ -154,9 +155,9 @@ class Painter:
 # %% ../../nbs/views/live.ipynb #cell-23
 def _rest(self: Painter) -> float:
     "Seconds for which the browser should be left alone from now on; 0 where none has ever answered."
-    since = time.monotonic() - self.sent
-    lag = max(self.lag, since) if self.pending and self.lag else self.lag
-    return min(8 * lag, 4) - since
+    now = time.monotonic()
+    lag = max(self.lag, now - self.sent) if self.pending and self.lag else self.lag
+    return min(8 * lag, 4) - (now - self.last)
 
 Painter.rest = _rest
 
@@ -175,8 +176,9 @@ def _once(self: Painter) -> None:
         if new is None: return
         changed = paint(self.widget, self.spec, new)
         self.spec, self.painted = new, self.painted + bool(changed)
+        if changed: self.last = time.monotonic()
         if changed and self.ruler and not self.pending:  # one question at a time
-            self.sent, self.pending = time.monotonic(), True
+            self.sent, self.pending = self.last, True
             self.ruler.asked += 1
         self.after()
         self.tell("")
