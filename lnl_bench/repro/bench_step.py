@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEW', 'COSTS', 'RESULTS', 'PLANS', 'LARGE', 'LIMIT', 'StepBench', 'patterned_task', 'PassClock', 'Facts', 'Cost',
-           'in_plain', 'Plan', 'plan_of', 'settings_for', 'ratio_of', 'method_for', 'phases_of', 'Spent', 'Measured',
-           'compared', 'outside_text', 'rows_of', 'work', 'tell', 'warm', 'chosen', 'on_threads', 'spent_by',
-           'checkpoint_row', 'measure']
+           'in_plain', 'Plan', 'plan_of', 'settings_for', 'ratio_of', 'sets_of', 'method_for', 'phases_of', 'Spent',
+           'Measured', 'compared', 'outside_text', 'rows_of', 'work', 'tell', 'warm', 'chosen', 'on_threads',
+           'spent_by', 'checkpoint_row', 'measure']
 
 # %% ../../nbs/repro/bench_step.ipynb #cell-2
 import contextlib
@@ -163,6 +163,7 @@ class Facts(NamedTuple):
     p: float = 1.0  # labelled part of the training images, mean of the networks
     q: float = 1.0  # images drawn beside them by a network, per training image
     mu: int = 1  # unlabelled images to a labelled one
+    M: int = 1  # sets of synthetic labels
 
 
 class Cost(NamedTuple):
@@ -187,6 +188,8 @@ COSTS = {
     "reweighted": Cost("F + B + J + q (F + B)", lambda f: (2 + f.q, 2 + f.q)),
     "weighed": Cost("2F + 2B + J + q (F + B)", lambda f: (3 + f.q, 3 + f.q),
                     "virtual and real step share their forward pass"),
+    "tolerant": Cost("(M + 2)F + F' + (2M + 1)B", lambda f: (f.M + 3, 2 * f.M + 1),
+                     "neighbours are found once a training, not at each step"),
     "teacher": Cost("q ((1 + mu) (F + B) + mu F')",
                     lambda f: (f.q * (1 + 2 * f.mu), f.q * (1 + f.mu)), FEW),
     "guesses": Cost("q ((1 + 2mu) (F + B) + 2mu F')",
@@ -236,6 +239,8 @@ PLANS = {
                          (("mixup", "plain and a look"), ("bootstrapping", "bootstrapping"))),
     "l2r": Plan({"epochs": 1}, (("training", "reweighted"),)),
     "mw-net": Plan({"epochs": 1}, (("training", "weighed"),)),
+    "mlnt": Plan({"epochs": 1, "pretrain_epochs": 1, "rounds": 1, "synthetic": 2},
+                 (("neighbours", "plain"), ("training", "tolerant"))),
     "mean-teacher": Plan({}, (("training", "teacher"),)),
     "mix-match": Plan({}, (("training", "guesses"),)),
     "mix-match-kl": Plan({}, (("training", "guesses and KL"),)),
@@ -273,6 +278,11 @@ def settings_for(
 def ratio_of(method: Method) -> int:
     "Unlabelled images to a labelled one: 1 where the method has no such setting."
     return method.describe().get("ratio", 1)
+
+
+def sets_of(method: Method) -> int:
+    "Sets of synthetic labels: 1 where the method has no such setting."
+    return method.describe().get("synthetic", 1)
 
 # %% ../../nbs/repro/bench_step.ipynb #cell-31
 def method_for(
@@ -341,7 +351,7 @@ class Measured:
         steps = sum(kind == "optimiser" for kind, *_ in self.clock.spans)
         c, n = self.config, getattr(stage, "_wide", self.lab).n  # trusted images may be training images
         each, more = 1 + ("two networks" in self.method.needs), self.clock.seen - forward
-        facts = Facts(labelled, steps * c.batch / (n * each), ratio_of(self.method))
+        facts = Facts(labelled, steps * c.batch / (n * each), ratio_of(self.method), sets_of(self.method))
         seconds = self.clock.seconds() | {"learning": learning}
         return Spent(self.method.name, *phase, n, c.batch, forward, backward, more, steps, facts, seconds)
 
@@ -401,7 +411,7 @@ def compared(spent: Spent) -> str:
     if spent.uncounted: told += f", and {spent.uncounted:,} forwards to look at all images, not counted"
     if cost is None: return told
     expected, facts = cost.count(spent.facts), spent.facts._asdict().items()
-    given = ", ".join(f"{k} = {v:.4g}" for k, v in facts if k in re.findall("[pq]|mu", cost.text))
+    given = ", ".join(f"{k} = {v:.4g}" for k, v in facts if k in re.findall("[pq]|mu|M", cost.text))
     same = all(abs(mine - theirs) <= 0.01 * theirs for mine, theirs in zip((f, b), expected, strict=True))
     ratio = in_plain(f, b) / in_plain(*expected) - 1
     return f"{told}; by hand: {cost.text} = {in_plain(*expected):.2f} CE, " + \
@@ -441,7 +451,7 @@ def rows_of(
 def work(method: Method, samples: int) -> int:
     "Sample-passes, F + 2B, that a method's epochs will take; six times plain training's if unknown."
     ratio = ratio_of(method)
-    facts = Facts(0.6, 0.6 if "two networks" in method.needs else 1 / ratio, ratio)
+    facts = Facts(0.6, 0.6 if "two networks" in method.needs else 1 / ratio, ratio, sets_of(method))
     costs = [COSTS[key].count(facts) if key else (6, 6) for _, key in phases_of(method)]
     return round(3 * samples * sum(in_plain(*cost) for cost in costs))
 
