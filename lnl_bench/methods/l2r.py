@@ -122,7 +122,8 @@ class Reweighted(Stage):
         fits = self.prediction == (lab.labels if lab.labels.ndim == 1 else lab.labels.argmax(1))
         told = {"loss": self.loss.mean().item(), "train_accuracy": fits.float().mean().item(), "rate": rate}
         return told | {"mean_weight": self.weight.mean().item(),
-                       "zero_weights": (self.weight == 0).float().mean().item()} | self.told(metas)
+                       "zero_weights": (self.weight == 0).float().mean().item()} | \
+            self.told([m for m in metas if m is not None])
 
     def told(self, metas): return summarised(metas)
     def predict(self, images): return self.net.eval()(images)
@@ -131,7 +132,8 @@ class Reweighted(Stage):
 
 # %% ../../nbs/methods/l2r.ipynb #cell-21
 def summarised(metas: list[MetaGradient]) -> dict[str, float]:
-    "Of the steps of an epoch: mean trusted loss, norm of the meta-gradient, and error where it is estimated."
+    "Of the steps with one: mean trusted loss, norm of the meta-gradient, and error where it is estimated."
+    if not metas: return {}
     told = {"trusted_loss": torch.stack([m.trusted_loss for m in metas]).mean().item(),
             "meta_norm": torch.stack([m.norm for m in metas]).mean().item()}
     errors = [m.error.item() for m in metas if m.error is not None]

@@ -50,10 +50,10 @@ class Weigher(nn.Module):
         return self.out(self.hidden(losses[:, None]).relu()).sigmoid()[:, 0]
 
 # %% ../../nbs/methods/mw_net.ipynb #cell-10
-def make_weigher(hidden: int, seed: int) -> Weigher:
-    "A new weighting network, which depends on the seed alone."
+def make_weigher(hidden: int, seed: int, role: str = "weigher") -> Weigher:
+    "A new weighting network, which depends on the seed and its role alone."
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_for(seed, "init:weigher"))
+        torch.default_generator.manual_seed(seed_for(seed, f"init:{role}"))
         return Weigher(hidden)
 
 # %% ../../nbs/methods/mw_net.ipynb #cell-13
@@ -112,6 +112,7 @@ class MetaWeight(Reweighted):
 # %% ../../nbs/methods/mw_net.ipynb #cell-23
 def variance(metas: list[MetaGradient]) -> float:
     "The variance of meta-gradients over steps: mean squared distance from their mean."
+    if not metas: return 0.0
     rows = torch.stack([torch.cat([g.flatten() for g in m.gradients]) for m in metas])
     return (rows - rows.mean(0)).square().sum(1).mean().item()
 
