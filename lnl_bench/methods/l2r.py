@@ -100,7 +100,8 @@ def example_weights(
 # %% ../../nbs/methods/l2r.ipynb #cell-20
 class Reweighted(Stage):
     "Training on weighted losses; a method says in `weigh` where weights come from."
-    def __init__(self, config: ReweightingConfig): self.config, self.epochs = config, config.epochs
+    def __init__(self, config: ReweightingConfig):
+        self.config, self.epochs, self._views = config, config.epochs, (config.view,)
 
     def start(self, lab):
         c = self.config
@@ -115,8 +116,8 @@ class Reweighted(Stage):
     def epoch(self, lab, epoch):
         c, steps, metas = self.config, math.ceil(lab.n / self.config.batch), []
         self.net.train()
-        for step, batch in enumerate(lab.batches(size=c.batch, views=(c.view,))):
-            rate = self.optimiser.param_groups[0]["lr"] = rate_at(c, (epoch + step / steps) / c.epochs)
+        for step, batch in enumerate(lab.batches(size=c.batch, views=self._views)):
+            rate = self.optimiser.param_groups[0]["lr"] = self.rate((epoch + step / steps) / c.epochs)
             metas.append(self.one_step(lab, batch, {"check": True} if c.engine == "difference" and not step
                                        else {}))
         fits = self.prediction == (lab.labels if lab.labels.ndim == 1 else lab.labels.argmax(1))
@@ -125,6 +126,7 @@ class Reweighted(Stage):
                        "zero_weights": (self.weight == 0).float().mean().item()} | \
             self.told([m for m in metas if m is not None])
 
+    def rate(self, progress): return rate_at(self.config, progress)
     def told(self, metas): return summarised(metas)
     def predict(self, images): return self.net.eval()(images)
     def samples(self, lab): return {k: getattr(self, k) for k in ("loss", "weight", "p_clean", "prediction")}

@@ -161,7 +161,7 @@ NAMES = {
     "cpc-contrast": "CPC without mixture", "linear-probe": "linear probe on the trusted images alone",
     "mean-teacher": "Mean Teacher, trusted labels alone", "mix-match": "MixMatch, trusted labels alone",
     "mix-match-kl": "MixMatch-KL, trusted labels alone", "fix-match": "FixMatch, trusted labels alone",
-    "uda": "UDA, trusted labels alone", "l2r": "L2R", "mw-net": "MW-Net", "mlnt": "MLNT",
+    "uda": "UDA, trusted labels alone", "l2r": "L2R", "mw-net": "MW-Net", "ieg": "IEG", "mlnt": "MLNT",
     "divide-mix-trusted": "DivideMix with the trusted images",
     "dmlp ipc": "DMLP, IPC alone", "dmlp eac": "DMLP, EAC alone", "dmlp": "DMLP",
     "dmlp-naive": "DMLP-Naive (network trained on DMLP's labels)", "dmlp-co-teaching": "DMLP-Co-teaching",
