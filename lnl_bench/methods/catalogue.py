@@ -31,7 +31,9 @@ from lnl_bench.methods import (
     mean_teacher,
     mix_match,
     mixup,
+    mlc,
     mlnt,
+    mslc,
     mw_net,
     pencil,
     uda,
@@ -42,7 +44,8 @@ from .recipes import recipe
 # Importing them registers their methods.
 MODULES = (pretrain, cross_entropy, linear_probe, dmlp, gce, mixup, forward_correction, co_teaching, cdr,
            divide_mix, divide_mix_trusted, aug_desc, c2d, cpc, elr, elr_plus, joint_optimisation, pencil,
-           m_correction, mean_teacher, mix_match, fix_match, uda, l2r, mw_net, mlnt, ieg)
+           m_correction, mean_teacher, mix_match, fix_match, uda, l2r, mw_net, mlc, mslc,
+           mlnt, ieg)
 chain("dmlp-naive", "dmlp", "cross-entropy", "Tu et al., CVPR 2023, Sec. 3.3")
 chain("dmlp-divide-mix", "dmlp", "divide-mix", "Tu et al., CVPR 2023, Table 1")
 chain("dmlp-co-teaching", "dmlp", "co-teaching", "Tu et al., CVPR 2023, Table 4")

@@ -240,6 +240,8 @@ PLANS = {
                          (("mixup", "plain and a look"), ("bootstrapping", "bootstrapping"))),
     "l2r": Plan({"epochs": 1}, (("training", "reweighted"),)),
     "mw-net": Plan({"epochs": 1}, (("training", "weighed"),)),
+    "mlc": Plan({"epochs": 1}, (("training", "weighed"),)),
+    "mslc": Plan({"epochs": 2, "plain_epochs": 1}, (("plain", "plain"), ("correcting", "weighed"))),
     "ieg": Plan({"epochs": 1}, (("training", "distilled"),)),
     "mlnt": Plan({"epochs": 1, "pretrain_epochs": 1, "rounds": 1, "synthetic": 2},
                  (("neighbours", "plain"), ("training", "tolerant"))),
