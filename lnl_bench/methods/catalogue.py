@@ -32,6 +32,7 @@ from lnl_bench.methods import (
     mix_match,
     mixup,
     mlc,
+    mlc_matrix,
     mlnt,
     mslc,
     mw_net,
@@ -44,7 +45,7 @@ from .recipes import recipe
 # Importing them registers their methods.
 MODULES = (pretrain, cross_entropy, linear_probe, dmlp, gce, mixup, forward_correction, co_teaching, cdr,
            divide_mix, divide_mix_trusted, aug_desc, c2d, cpc, elr, elr_plus, joint_optimisation, pencil,
-           m_correction, mean_teacher, mix_match, fix_match, uda, l2r, mw_net, mlc, mslc,
+           m_correction, mean_teacher, mix_match, fix_match, uda, l2r, mw_net, mlc, mslc, mlc_matrix,
            mlnt, ieg)
 chain("dmlp-naive", "dmlp", "cross-entropy", "Tu et al., CVPR 2023, Sec. 3.3")
 chain("dmlp-divide-mix", "dmlp", "divide-mix", "Tu et al., CVPR 2023, Table 1")

@@ -241,7 +241,8 @@ PLANS = {
     "l2r": Plan({"epochs": 1}, (("training", "reweighted"),)),
     "mw-net": Plan({"epochs": 1}, (("training", "weighed"),)),
     "mlc": Plan({"epochs": 1}, (("training", "weighed"),)),
-    "mslc": Plan({"epochs": 2, "plain_epochs": 1}, (("plain", "plain"), ("correcting", "weighed"))),
+    **{name: Plan({"epochs": 2, "plain_epochs": 1}, (("plain", "plain"), ("correcting", "weighed")))
+       for name in ("mslc", "mlc-matrix")},
     "ieg": Plan({"epochs": 1}, (("training", "distilled"),)),
     "mlnt": Plan({"epochs": 1, "pretrain_epochs": 1, "rounds": 1, "synthetic": 2},
                  (("neighbours", "plain"), ("training", "tolerant"))),

@@ -162,7 +162,7 @@ NAMES = {
     "mean-teacher": "Mean Teacher, trusted labels alone", "mix-match": "MixMatch, trusted labels alone",
     "mix-match-kl": "MixMatch-KL, trusted labels alone", "fix-match": "FixMatch, trusted labels alone",
     "uda": "UDA, trusted labels alone", "l2r": "L2R", "mw-net": "MW-Net", "mlc": "MLC", "mslc": "MSLC",
-    "ieg": "IEG", "mlnt": "MLNT",
+    "mlc-matrix": "MLC, a matrix", "ieg": "IEG", "mlnt": "MLNT",
     "divide-mix-trusted": "DivideMix with the trusted images",
     "dmlp ipc": "DMLP, IPC alone", "dmlp eac": "DMLP, EAC alone", "dmlp": "DMLP",
     "dmlp-naive": "DMLP-Naive (network trained on DMLP's labels)", "dmlp-co-teaching": "DMLP-Co-teaching",
