@@ -97,7 +97,8 @@ class MetaWeight(Reweighted):
         c, rate = self.config, self.optimiser.param_groups[0]["lr"]
         meta = weigher_gradient(self.weigher, first, batch.labels, self.trusted_batch(lab), rate, c.variant,
                                 c.engine, **options)
-        for p, g in zip(self.weigher.parameters(), meta.gradients, strict=True): p.grad = g
+        found = self.with_other_terms(first, batch, meta.gradients)
+        for p, g in zip(self.weigher.parameters(), found, strict=True): p.grad = g
         self.meta_optimiser.step()
         with torch.no_grad(): self._values = self.weigher(per_sample_loss(first.value, batch.labels))
         return batch_weights(self._values, c.variant), meta
@@ -106,6 +107,7 @@ class MetaWeight(Reweighted):
         super().note(batch, logits, weights)
         self.p_clean[batch.index] = self._values.float()
 
+    def with_other_terms(self, first, batch, gradients): return gradients  # FaMUS adds to the meta-loss
     def told(self, metas): return super().told(metas) | {"meta_variance": variance(metas)}
     def extras(self, lab): return weight_curve(self.weigher, self.loss)
 
