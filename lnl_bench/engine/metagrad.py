@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BATCHNORM', 'ENGINES', 'CALLS', 'VirtualStep', 'step_of', 'trained', 'eager', 'normalised_by', 'virtual_pass', 'wide',
            'TrainingPass', 'random_state', 'replayed', 'Trusted', 'trusted_gradient', 'MetaGradient', 'reverse',
-           'through_logits', 'one_direction', 'forward_tangent', 'forward', 'stride', 'full_precision', 'is_rough',
-           'difference_tangent', 'difference', 'sampled', 'meta_gradient']
+           'through_logits', 'one_direction', 'forward_tangent', 'padded', 'forward', 'stride', 'full_precision',
+           'is_rough', 'difference_tangent', 'difference', 'sampled', 'meta_gradient']
 
 # %% ../../nbs/engine/metagrad.ipynb #cell-2
 import contextlib
@@ -243,11 +243,21 @@ def one_direction(
 def forward_tangent(first: TrainingPass, direction: dict[str, Tensor]) -> tuple[Tensor, dict, None]:
     "The derivative of the logits along `direction`, by forward-mode differentiation."
     if not direction: return torch.zeros_like(first.value), {}, None
+    if first.half: direction = padded(first.weights, direction)
     with forward_ad.dual_level():
         weights = {k: w.detach() for k, w in first.weights.items()}
         dual = {k: forward_ad.make_dual(weights[k], d) for k, d in direction.items()}
         tangent = forward_ad.unpack_dual(first.again(weights | dual)).tangent
     return tangent, {"backward": len(first.images)}, None
+
+def padded(weights: dict[str, Tensor], direction: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A direction with zeros for all weights from the first that it has on, and from the matrix before that.
+
+    Under autocast BatchNorm returns a tangent in single precision where its input has none."""
+    names = list(weights)
+    begin = min(map(names.index, direction))
+    while begin and weights[names[begin]].ndim < 2: begin -= 1
+    return {k: direction[k] if k in direction else torch.zeros_like(weights[k]) for k in names[begin:]}
 
 def forward(first, loss, wrt, trusted, step) -> MetaGradient:
     "By forward mode."
