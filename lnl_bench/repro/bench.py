@@ -60,7 +60,7 @@ def by_turns(
 
 # %% ../../nbs/repro/bench.ipynb #cell-12
 # Name -> configuration class of repro.bench_NAME.
-BENCHES = {"purify": "PurifyBench", "step": "StepBench", "views": "ViewsBench"}
+BENCHES = {"metagrad": "MetagradBench", "purify": "PurifyBench", "step": "StepBench", "views": "ViewsBench"}
 
 
 def run_bench(
