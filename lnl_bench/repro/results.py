@@ -30,7 +30,7 @@ def variant_of(
     "The settings that change the algorithm rather than its size, as 'name=value' joined by '; '."
     flat = {}
     for name, value in config.items(): flat |= value if isinstance(value, dict) else {name: value}
-    named = ("variant", "correction", "representation", "publish")
+    named = ("variant", "correction", "representation", "publish", "engine")
     return "; ".join(f"{k}={flat[k]}" for k in named if k in flat)
 
 # %% ../../nbs/repro/results.ipynb #cell-9
@@ -168,7 +168,7 @@ NAMES = {
     "dmlp ipc": "DMLP, IPC alone", "dmlp eac": "DMLP, EAC alone", "dmlp": "DMLP",
     "dmlp-naive": "DMLP-Naive (network trained on DMLP's labels)", "dmlp-co-teaching": "DMLP-Co-teaching",
     "dmlp-cdr": "DMLP-CDR", "dmlp-elr-plus": "DMLP-ELR+", "dmlp-divide-mix": "DMLP-DivideMix"}
-USUAL = ("paper", "ipc+eac")  # values of `variant` and `correction` that a name does not mention
+USUAL = ("paper", "ipc+eac", "forward", "sampled")  # values that a name does not mention
 
 # %% ../../nbs/repro/results.ipynb #cell-29
 def reader_name(
@@ -177,7 +177,7 @@ def reader_name(
 ) -> str:
     "What a table calls a method and its variant; the registered name where there is none."
     settings = dict(part.split("=") for part in str(variant).split("; ") if "=" in part)
-    told = [settings[k] for k in ("correction", "variant") if settings.get(k, "paper") not in USUAL]
+    told = [settings[k] for k in ("correction", "variant", "engine") if settings.get(k, "paper") not in USUAL]
     if (whole := " ".join((method, *told))) in NAMES: return NAMES[whole]
     return ", ".join((NAMES.get(method, method), *told))
 
