@@ -120,7 +120,8 @@ RunsDir = Annotated[str, typer.Option(help="Where runs are written.")]
 def train(
     method: Annotated[str, typer.Argument(help="A name of `lnl methods`.")],
     data: Annotated[str, typer.Option(
-        help="A name of `lnl data`, NAME[5000] for some of its images, or an image folder.")] = "digits",
+        help="A name of `lnl data`, NAME[5000] for some of its images, NAME[long-tail:50], or an image "
+             "folder.")] = "digits",
     noise: Annotated[str, typer.Option(help="KIND:RATE, such as symmetric:0.4; or none.")] = "none",
     trusted: Annotated[int, typer.Option(
         help="Trusted images a class, taken out of the training set.")] = 10,

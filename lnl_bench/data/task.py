@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['checked_targets', 'spread', 'Visible', 'Task', 'task_lines', 'tensor_hash', 'task_identity', 'truth_of',
            'visible_part', 'relabelled', 'trusted_split', 'make_task', 'read_label_csv', 'read_trusted_csv',
-           'task_from_labels', 'stratified', 'subset']
+           'task_from_labels', 'stratified', 'subset', 'long_tailed']
 
 # %% ../../nbs/data/task.ipynb #cell-2
 import dataclasses
@@ -404,3 +404,26 @@ def subset(
     index = stratified(source.labels, n, source.num_classes, rng)
     return dataclasses.replace(source, name=f"{source.name}[{n}]", images=_images_at(source.images, index),
                                labels=source.labels[index], ids=tuple(source.ids[i] for i in index.tolist()))
+
+# %% ../../nbs/data/task.ipynb #cell-79
+def long_tailed(
+    source: Source,
+    factor: float,  # f, from 1: the largest class over the smallest, if all classes were equal before
+    seed: int = 0,  # the stream is that of the purpose "long-tail"
+) -> Source:
+    "A source named 'name[long-tail:f]' with ever rarer classes; the test set stays whole. FaMUS Sec. 5.4."
+    in_range("long-tail factor", factor, 1)
+    rng = np.random.Generator(np.random.PCG64(seed_for(seed, "long-tail")))
+    C, kept = source.num_classes, []
+    for c in range(C):
+        members = (source.labels == c).nonzero()[:, 0].numpy()
+        n = int(len(members) * factor ** (-c / (C - 1)))
+        if not n:
+            name = source.class_names[c]
+            raise BadInput(f"long-tail factor = {factor:g} leaves no image of class {name!r}, which has "
+                           f"{len(members)}; accepted: a smaller factor.")
+        kept.append(rng.choice(members, n, replace=False))
+    index = torch.from_numpy(np.sort(np.concatenate(kept)))
+    return dataclasses.replace(source, name=f"{source.name}[long-tail:{factor:g}]",
+                               images=_images_at(source.images, index), labels=source.labels[index],
+                               ids=tuple(source.ids[i] for i in index.tolist()))

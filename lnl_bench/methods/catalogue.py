@@ -28,6 +28,7 @@ from lnl_bench.methods import (
     joint_optimisation,
     l2r,
     linear_probe,
+    long_tail,
     m_correction,
     mean_teacher,
     mix_match,
@@ -47,7 +48,7 @@ from .recipes import recipe
 MODULES = (pretrain, cross_entropy, linear_probe, dmlp, gce, mixup, forward_correction, co_teaching, cdr,
            divide_mix, divide_mix_trusted, aug_desc, c2d, cpc, elr, elr_plus, joint_optimisation, pencil,
            m_correction, mean_teacher, mix_match, fix_match, uda, l2r, mw_net, mlc, mslc, mlc_matrix,
-           mlnt, ieg, famus)
+           mlnt, ieg, famus, long_tail)
 chain("dmlp-naive", "dmlp", "cross-entropy", "Tu et al., CVPR 2023, Sec. 3.3")
 chain("dmlp-divide-mix", "dmlp", "divide-mix", "Tu et al., CVPR 2023, Table 1")
 chain("dmlp-co-teaching", "dmlp", "co-teaching", "Tu et al., CVPR 2023, Table 4")

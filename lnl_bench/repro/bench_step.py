@@ -222,7 +222,7 @@ RESULTS = {"estimate": ("matrix", "a look")}  # what a stage of that name does o
 # %% ../../nbs/repro/bench_step.ipynb #cell-25
 PLANS = {
     **{name: Plan({"epochs": 1}, (("training", "plain"),))
-       for name in ("cross-entropy", "mixup", "cdr", "elr")},
+       for name in ("cross-entropy", "mixup", "cdr", "elr", "focal", "cb-focal", "ldam-drw")},
     "divide-mix": Plan({"epochs": 2, "warmup": 1}, (("warm-up", "two networks"), ("main", "divided"))),
     "gce": Plan({"epochs": 2, "prune_from": 1, "prune_every": 1, "variant": "truncated"},
                 (("training", "plain"), ("pruning", "plain and a look"))),

@@ -18,7 +18,7 @@ import torch
 from ..data.checks import BadInput, Config, build, fingerprint, one_of, setting
 from ..data.noise import Noise, make_noise, parse_spec, restricted
 from ..data.sources import Source, human_file, load_source
-from ..data.task import Task, make_task, subset
+from ..data.task import Task, long_tailed, make_task, subset
 from ..engine.contract import REGISTRY
 from ..engine.runs import Run, write_atomic
 from ..engine.train import train
@@ -79,18 +79,21 @@ def read_parameters(
 
 # %% ../../nbs/repro/experiment.ipynb #cell-19
 def make_source(
-    dataset: str,  # a known name or a path; `NAME[5000]` takes 5,000 of its images
+    dataset: str,  # a known name or a path; `NAME[5000]`: some of its images; `NAME[long-tail:50]`: a tail
     data_dir: str | Path,  # where datasets are looked for
     download: bool = False,  # fetch a known dataset that is not there
 ) -> Source:
-    """A dataset by name or path; a subset is class-stratified and the same for every seed.
+    """A dataset by name or path; a subset is class-stratified and, like a long tail, the same for every seed.
 
     Raises `BadInput` for a name that is not known, a dataset that is not there, or a bad number."""
     name, _, rest = dataset.partition("[")
     source = load_source(name, data_dir, download)
     if not rest: return source
+    kind, _, factor = rest.removesuffix("]").rpartition(":")
     if rest.endswith("]") and rest[:-1].isdigit(): return subset(source, int(rest[:-1]), seed=0)
-    raise BadInput(f"dataset = {dataset!r}; accepted: NAME or NAME[number of images].")
+    if rest.endswith("]") and kind == "long-tail" and factor.isdigit():
+        return long_tailed(source, int(factor), seed=0)
+    raise BadInput(f"dataset = {dataset!r}; accepted: NAME, NAME[number of images], NAME[long-tail:factor].")
 
 # %% ../../nbs/repro/experiment.ipynb #cell-21
 def noise_spec(p: Parameters) -> str:

@@ -164,6 +164,7 @@ NAMES = {
     "uda": "UDA, trusted labels alone", "l2r": "L2R", "mw-net": "MW-Net", "mlc": "MLC", "mslc": "MSLC",
     "mlc-matrix": "MLC, a matrix", "famus-l2r": "L2R with FaMUS", "famus-mw-net": "MW-Net with FaMUS",
     "famus-mlc-matrix": "MLC, a matrix, with FaMUS", "ieg": "IEG", "mlnt": "MLNT",
+    "focal": "focal loss", "cb-focal": "class-balanced focal loss", "ldam-drw": "LDAM-DRW",
     "divide-mix-trusted": "DivideMix with the trusted images",
     "dmlp ipc": "DMLP, IPC alone", "dmlp eac": "DMLP, EAC alone", "dmlp": "DMLP",
     "dmlp-naive": "DMLP-Naive (network trained on DMLP's labels)", "dmlp-co-teaching": "DMLP-Co-teaching",
