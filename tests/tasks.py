@@ -33,6 +33,23 @@ def one_hot(task: Task) -> Task:
     return task.relabel(F.one_hot(task.given, task.num_classes).float(), by="one-hot copy")
 
 
+EDGES = ("2 classes", "100 classes", "no noise", "all noise", "soft labels")
+
+
+def edge_task(edge: str, trusted: int | None = None) -> Task:
+    "One of `EDGES`: tasks at the border of what a method has to train on."
+    if edge.endswith("classes"):
+        classes = int(edge.split()[0])
+        return drawn_task(classes, n=4 * classes + 40, trusted=trusted)
+    if edge == "soft labels": return one_hot(digits_task(trusted=trusted))
+    return digits_task("none" if edge == "no noise" else "symmetric:1", trusted=trusted)
+
+
+def finite(row: dict) -> bool:
+    "Whether all numbers of an epoch's record are."
+    return all(torch.tensor(float(value)).isfinite() for value in row.values())
+
+
 def started(stage: Stage, task: Task, **options) -> tuple[Lab, Stage]:
     "A lab on the task, which gets the other options, and the stage after its `start` in that lab."
     lab = Lab(task, **options)
