@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from lnl_bench.data.noise import make_noise
 from lnl_bench.data.sources import digits
 from lnl_bench.engine import metrics
+from lnl_bench.engine.contract import make_method
 from lnl_bench.engine.nets import make_net
 from lnl_bench.engine.train import train
 from lnl_bench.methods.catalogue import configured
 from lnl_bench.methods.divide_mix import draw_mixing, recent_mean
+from lnl_bench.methods.famus import FaMUSMWNetConfig, SampledMetaWeight
 from lnl_bench.methods.mlnt import divergence, meta_loss_gradient
+from lnl_bench.methods.pencil import PencilConfig, pencil_rate
 
 
 def test_the_mixture_sees_every_sample_over_several_epochs():
@@ -89,3 +92,59 @@ def test_first_order_is_first_order_and_virtual_passes_leave_no_trace():
     for k, g in gradient.items():
         expected = sum(t.get_parameter(k).grad for t in twins) / 2
         torch.testing.assert_close(g, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_no_trusted_image_is_in_the_noisy_training_set():
+    "MW-Net's old loader, which MLC and MSLC ship: 98 % of the clean images stayed in the noisy set as well."
+    for seed in range(3):
+        task = tasks.digits_task("symmetric:0.4", n=600, trusted=10, seed=seed)
+        seen = set(task.train_index.tolist()), set(task.trusted_index.tolist())
+        assert len(seen[1]) == 100 and not seen[0] & seen[1] and len(seen[0] | seen[1]) == 600
+
+
+def test_trusted_images_are_training_images():
+    "MLC's matrix took its clean images from the test set, and tested on what was left."
+    source, task = digits(), tasks.digits_task("none", n=600, trusted=10)
+    assert len(task.test_images) == len(source.test_images) and len(task.images) == 600
+    test = {picture.tobytes() for picture in source.test_images.take(torch.arange(500)).numpy()}
+    trusted = task.images.take(task.trusted_index).numpy()
+    assert not any(picture.tobytes() in test for picture in trusted)
+
+
+def test_symmetric_noise_draws_from_all_classes():
+    "A hard-coded `range(10)` gave CIFAR-100 wrong labels of its first ten classes alone."
+    labels = torch.arange(50_000) % 100
+    noisy = make_noise("symmetric:0.5", labels, 100, seed=0).labels
+    counts = torch.bincount(noisy[noisy != labels], minlength=100)
+    assert counts.min() > 0.7 * counts.float().mean() and counts.max() < 1.3 * counts.float().mean()
+
+
+def test_both_networks_of_elr_plus_see_the_same_noise():
+    "Two loaders with a random state each trained the two networks on different splits and noise draws."
+    lab, stage = tasks.started(make_method("elr-plus", {"net": "cnn-digits", "epochs": 1}).stages()[0],
+                               tasks.digits_task())
+    seen = {0: {}, 1: {}}
+    learn = stage.learn
+    def spy(lab, k, batch, step):
+        seen[k] |= dict(zip(batch.index.tolist(), batch.labels.tolist(), strict=True))
+        return learn(lab, k, batch, step)
+    stage.learn = spy
+    stage.epoch(lab, 0)
+    assert seen[0] == seen[1] and len(seen[0]) == lab.n
+
+
+def test_every_gate_is_counted():
+    "An `append` outside the loop made FaMUS's count loss one of the last gate alone."
+    stage, config = SampledMetaWeight, FaMUSMWNetConfig(net="cnn-digits", batch=40, trusted_batch=20)
+    lab, stage = tasks.started(stage(config), tasks.digits_task(trusted=3))
+    before = copy.deepcopy(stage.gates)
+    stage.epoch(lab, 0)
+    for gate, old in zip(stage.gates, before, strict=True):
+        assert not torch.equal(gate.layers[2].weight, old.layers[2].weight)
+
+
+def test_the_last_phase_of_pencil_learns_to_its_end():
+    "Floor division, `0.2 // 10`, left two thirds of the phase with a rate of zero."
+    config = PencilConfig(epochs=90, plain_until=20, labels_until=30)
+    rates = [pencil_rate(config, epoch) for epoch in range(30, 90)]
+    assert min(rates) > 0 and rates[0] > rates[25] > rates[-1]
