@@ -11,7 +11,7 @@ from lnl_bench.cli import app
 from lnl_bench.data.checks import BadInput
 from lnl_bench.repro.bench_metagrad import VARIANTS, MetagradBench, Step, measure, most_held
 
-TINY = MetagradBench(nets="cnn-small", size=16, batch=20, trusted=10, rounds=2, device="cpu", threads=1)
+TINY = MetagradBench(nets="cnn-small", size=16, batch=20, trusted=10, rounds=5, device="cpu", threads=1)
 
 
 def test_rows_from_the_command_line():

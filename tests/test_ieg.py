@@ -128,7 +128,8 @@ SWITCHES = [
     dict(labels="given"), dict(anchored="not at all"), dict(anchored="as they are"), dict(policy="weak"),
     dict(consistency=0.0), dict(copies=1), dict(copies=3), dict(variant="released"), dict(decay=0.0),
     dict(schedule="restarts"), dict(engine="reverse"), dict(engine="difference"), dict(batch=7),
-    dict(batch=1), dict(trusted_batch=1), dict(trusted_batch=300), dict(batchnorm="running")]
+    dict(batch=1), dict(trusted_batch=1), dict(trusted_batch=300), dict(batchnorm="running"),
+    dict(graph="rebuilt")]
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=str)

@@ -103,7 +103,7 @@ class Sampling:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_for(lab.seed, "init:gates"))
             self.gates = nn.ModuleList(Gate(w, c.gate_hidden) for w in widths).to(lab.device)
-        self.gate_optimiser = torch.optim.SGD(self.gates.parameters(), c.gate_rate, 0.9)
+        self.gate_optimiser, self._steps = torch.optim.SGD(self.gates.parameters(), c.gate_rate, 0.9), 0
         self.active = torch.zeros(len(self._layers), device=lab.device)  # part of an epoch's steps, by layer
 
     def epoch(self, lab, epoch):

@@ -147,7 +147,7 @@ class Distil(Reweighted):
 def _one_step(self: Distil, lab, batch, options: dict) -> MetaGradient:
     "One iteration: Algorithm 1."
     c, given = self.config, self._given[batch.index]
-    first = TrainingPass(self.net, batch.images, lab.amp)
+    first = TrainingPass(self.net, batch.images, lab.amp, c.graph)
     self.seen.note(batch.index)
     with lab.amp(): strong = [wide(self.net(v)) for v in batch.views[1:]]
     guessed = guess([sized(z, c.variant).softmax(1) for z in (first.value, *strong)], c.temperature)

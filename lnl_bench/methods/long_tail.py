@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.checks import setting
+from ..data.checks import seed_for, setting
 from ..engine.contract import Method, register
 from .cross_entropy import CrossEntropyConfig, TrainOnLabels, per_sample_loss
 from .elr import TrainWithTable
@@ -111,7 +111,7 @@ class Margins(Balanced):
         super().start(lab)
         c, net = self.config, self.net
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(lab.seed)
+            torch.default_generator.manual_seed(seed_for(lab.seed, "init:head"))
             net.head = CosineHead(net.feature_dim, lab.num_classes, c.scale).to(lab.device)
         self.optimiser, self.seen = self.optimiser_for(net), lab.watch(net)
         self._margins = margins(self._counts, c.margin)

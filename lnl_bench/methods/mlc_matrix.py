@@ -26,6 +26,8 @@ class MLCMatrixConfig(ReweightingConfig):
                           "released code: 80,000 steps of 64 images", low=1)
     batch: int = setting(64, "images in a training batch", "released code", low=1)
     weight_decay: float = setting(5e-4, "weight decay of SGD", "released code", low=0)
+    schedule: str = setting("two rates", "learning rate: `rate`, then `corrected_rate`, each constant",
+                            "released code", choices=("two rates",))
     plain_epochs: int = setting(38, "epochs of plain training first, at the constant `rate`",
                                 "released code: 30,000 steps", low=0)
     corrected_rate: float = setting(1e-4, "learning rate afterwards, for a sum of losses", "released code",

@@ -74,7 +74,6 @@ class Step:
         self.stage = stage_for(variant, net, c)
         self.stage.start(self.lab)
         self.stage.net.train()
-        if isinstance(self.stage, SampledMetaWeight): self.stage._steps = 0
         self.batch = self.lab.batch(torch.arange(c.batch))
 
     def __call__(self):
