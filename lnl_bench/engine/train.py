@@ -157,6 +157,10 @@ def _judge(self: Trainer, arrays: dict) -> dict[str, float]:
     if "p_clean" in arrays: scores["noise_auc"] = noise_detection(arrays["p_clean"], right)["auc"]
     if "loss" in arrays and np.isfinite(arrays["loss"]).all():
         scores["loss_auc"] = noise_detection(-arrays["loss"], right)["auc"]
+    for name in ("p_clean", "weight") if 0 < right.sum() < len(right) else ():
+        if name not in arrays: continue
+        scores[f"{name}_of_clean"] = float(arrays[name][right.numpy()].mean())
+        scores[f"{name}_of_mislabelled"] = float(arrays[name][~right.numpy()].mean())
     return scores
 
 Trainer.judge = _judge
