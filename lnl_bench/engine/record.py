@@ -70,7 +70,8 @@ def reduced(
     if not len(whole): return {"features": x.new_full(shape, torch.nan).half()}
     centre = whole.mean(0)
     scale = (whole - centre).square().sum(1).mean().sqrt().clamp_min(1e-12)
-    axes = torch.linalg.eigh((whole - centre).T @ (whole - centre)).eigenvectors.flip(1)[:, :DIMENSIONS]
+    scatter = ((whole - centre).T @ (whole - centre)).double()  # in single precision eigh may not converge
+    axes = torch.linalg.eigh(scatter).eigenvectors.flip(1)[:, :DIMENSIONS].float()
     def project(rows): return ((rows.float() - centre) / scale @ axes).half()
     return {"features": project(x)} | ({} if prototypes is None else {"prototypes": project(prototypes)})
 
