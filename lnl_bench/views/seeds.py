@@ -47,7 +47,7 @@ def _traces(name: str, table: pd.DataFrame, place: int) -> list[dict]:
 # %% ../../nbs/views/seeds.ipynb #cell-11
 def seeds_figure(
     groups: dict[str, Sequence[Run]],  # name of a method -> its runs
-    metric: str,  # that they recorded
+    metric: str | dict[str, str],  # that they recorded, or one for each name
     title: str,  # what is seen
     y: str,  # what the metric is, with its unit
 ) -> go.Figure:
@@ -56,9 +56,11 @@ def seeds_figure(
     Raises `BadInput` without groups or runs, and where none of them recorded the metric."""
     if not groups or not all(groups.values()):
         raise BadInput(f"groups = {groups!r} cannot be shown; accepted: name -> runs, at least one each.")
-    tables = {name: over_seeds(runs, metric) for name, runs in groups.items()}
+    each = metric if isinstance(metric, dict) else dict.fromkeys(groups, metric)
+    tables = {name: over_seeds(runs, each[name]) for name, runs in groups.items()}
     if all(t.empty for t in tables.values()):
-        raise nothing_yet({r.path.name: r for runs in groups.values() for r in runs}, metric)
+        wanted = ", ".join(dict.fromkeys(each.values()))
+        raise nothing_yet({r.path.name: r for runs in groups.values() for r in runs}, wanted)
     counts = {name: len(runs) for name, runs in groups.items()}
     same = len(set(counts.values())) == 1
     told = f"n = {next(iter(counts.values()))}" if same else ", ".join(f"{k}: {v}" for k, v in counts.items())
