@@ -30,7 +30,7 @@ def variant_of(
     "The settings that change the algorithm rather than its size, as 'name=value' joined by '; '."
     flat = {}
     for name, value in config.items(): flat |= value if isinstance(value, dict) else {name: value}
-    named = ("variant", "correction", "representation", "publish", "engine")
+    named = ("variant", "order", "strategy", "coupling", "correction", "representation", "publish", "engine")
     return "; ".join(f"{k}={flat[k]}" for k in named if k in flat)
 
 # %% ../../nbs/repro/results.ipynb #cell-9
@@ -169,7 +169,7 @@ NAMES = {
     "dmlp ipc": "DMLP, IPC alone", "dmlp eac": "DMLP, EAC alone", "dmlp": "DMLP",
     "dmlp-naive": "DMLP-Naive (network trained on DMLP's labels)", "dmlp-co-teaching": "DMLP-Co-teaching",
     "dmlp-cdr": "DMLP-CDR", "dmlp-elr-plus": "DMLP-ELR+", "dmlp-divide-mix": "DMLP-DivideMix"}
-USUAL = ("paper", "ipc+eac", "forward", "sampled")  # values that a name does not mention
+USUAL = ("paper", "first", "gates", "coupled", "ipc+eac", "forward", "sampled")  # not mentioned
 
 # %% ../../nbs/repro/results.ipynb #cell-29
 def reader_name(
@@ -178,7 +178,8 @@ def reader_name(
 ) -> str:
     "What a table calls a method and its variant; the registered name where there is none."
     settings = dict(part.split("=") for part in str(variant).split("; ") if "=" in part)
-    told = [settings[k] for k in ("correction", "variant", "engine") if settings.get(k, "paper") not in USUAL]
+    told = [settings[k] for k in ("correction", "variant", "order", "strategy", "coupling", "engine")
+            if settings.get(k, "paper") not in USUAL]
     if (whole := " ".join((method, *told))) in NAMES: return NAMES[whole]
     return ", ".join((NAMES.get(method, method), *told))
 
@@ -214,9 +215,12 @@ def _place(row: dict) -> tuple:
 
 # %% ../../nbs/repro/results.ipynb #cell-39
 def rows_where(table: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
-    "The rows whose columns have these values, as text; `BadInput` for an unknown column, or if none has."
+    """The rows whose columns have these values, as text, or one of several with a bar between them.
+
+    Raises `BadInput` for an unknown column, or if no row is left."""
     for column in where: one_of("column of a block", column, list(table.columns))
-    chosen = table[[all(str(row[k]) == v for k, v in where.items()) for row in table.to_dict("records")]]
+    accepted = {column: value.split("|") for column, value in where.items()}
+    chosen = table[[all(str(row[k]) in v for k, v in accepted.items()) for row in table.to_dict("records")]]
     if len(chosen): return chosen
     raise BadInput(f"no stored run has {where}.")
 
