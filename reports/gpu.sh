@@ -2,7 +2,7 @@
 # Usage: bash reports/gpu.sh PLAN DATA_DIR RUNS_DIR     (PYTHON names another interpreter), all on cifar10-jpeg; PLAN is
 #   dmlp         SimCLR (ResNet-18, 32x32) once, then DMLP-Naive, the linear probe and cross-entropy at four noise rates
 #   divide-mix   DivideMix, CPC_awr and DMLP-DivideMix at 90 % symmetric noise, then on human labels ("worse")
-#   meta         the bench of meta-gradients at full width; MW-Net with each engine, with FaMUS, and IEG at 40 % symmetric noise
+#   meta         the bench of meta-gradients at full width; MW-Net with each engine, with FaMUS, FaMUS of two networks, and IEG at 40 % symmetric noise
 # Needs a CUDA device (DEVICE=cpu PRESET=smoke DATASET=digits TRUSTED=5 NOISES=symmetric:0.9 tries the script without one), torch,
 # torchvision, numpy, pandas, scikit-learn and typer. Given again, it goes on where it stopped.
 set -euo pipefail
@@ -11,7 +11,7 @@ dataset=${DATASET:-cifar10-jpeg} device=${DEVICE:-cuda} python=${PYTHON:-python3
 case $plan in
     dmlp) methods="dmlp-naive linear-probe cross-entropy" noises="symmetric:0.9 symmetric:0.5 symmetric:0.8 symmetric:0.2" ;;
     divide-mix) methods="divide-mix cpc-awr dmlp-divide-mix" noises="symmetric:0.9 human:worse" ;;
-    meta) methods="mw-net famus-mw-net ieg mw-net:engine=difference mw-net:engine=reverse" noises="symmetric:0.4" ;;
+    meta) methods="mw-net famus-mw-net famus ieg mw-net:engine=difference mw-net:engine=reverse" noises="symmetric:0.4" ;;
     *) echo "PLAN = $plan; accepted: dmlp, divide-mix, meta" >&2; exit 2 ;;
 esac
 cd "$(dirname "$0")/.."

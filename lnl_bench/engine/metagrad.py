@@ -227,16 +227,17 @@ def through_logits(
 # %% ../../nbs/engine/metagrad.ipynb #cell-40
 def one_direction(
     first: TrainingPass, loss: Callable, wrt, trusted: Trusted, step: VirtualStep, tangent: Callable,
-    choose: Callable | None = None, note: Callable | None = None
+    choose: Callable | None = None, note: Callable | None = None, also: Sequence[str] = ()
 ) -> MetaGradient:
     "By the tangent of the logits: `tangent(first, direction)` gives (tangent (B, C), passes, error)."
     z = first.value.clone().requires_grad_()
     (slope,) = torch.autograd.grad(loss(z), z)
     gradients = first.gradients(slope)
     with torch.no_grad(): ahead = step(first.weights, gradients)
-    value, v = trusted_gradient(first, trusted, ahead, choose and choose(gradients))
-    if note: note(v)
-    moved, passes, error = tangent(first, {k: step.gain * g for k, g in v.items()})
+    on = choose(gradients) if choose else list(first.weights)
+    value, v = trusted_gradient(first, trusted, ahead, list(dict.fromkeys((*on, *also))))
+    if note: note(v, step)
+    moved, passes, error = tangent(first, {k: step.gain * v[k] for k in on})
     return MetaGradient(through_logits(loss, first.value, moved, wrt), value, passes, error)
 
 # %% ../../nbs/engine/metagrad.ipynb #cell-42
@@ -305,11 +306,14 @@ def difference(first, loss, wrt, trusted, step, check: bool = False) -> MetaGrad
     return one_direction(first, loss, wrt, trusted, step, partial(difference_tangent, check=check))
 
 # %% ../../nbs/engine/metagrad.ipynb #cell-53
-def sampled(first, loss, wrt, trusted, step, choose: Callable, note: Callable | None = None) -> MetaGradient:
-    "By forward mode in the parameters that `choose(gradients)` names; `note` sees their trusted gradient."
-    return one_direction(first, loss, wrt, trusted, step, forward_tangent, choose, note)
+def sampled(first, loss, wrt, trusted, step, choose: Callable, note: Callable | None = None,
+            also: Sequence[str] = ()) -> MetaGradient:
+    """By forward mode in the parameters that `choose(gradients)` names.
 
-# %% ../../nbs/engine/metagrad.ipynb #cell-57
+    `note(v, step)` is told the trusted gradient of these, and of those in `also`, which do not count."""
+    return one_direction(first, loss, wrt, trusted, step, forward_tangent, choose, note, also)
+
+# %% ../../nbs/engine/metagrad.ipynb #cell-58
 ENGINES = {"forward": forward, "reverse": reverse, "difference": difference}
 CALLS = ENGINES | {"sampled": sampled}  # needs options that a setting cannot give
 

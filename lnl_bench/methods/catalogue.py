@@ -21,6 +21,7 @@ from lnl_bench.methods import (
     elr,
     elr_plus,
     famus,
+    famus_two,
     fix_match,
     forward_correction,
     gce,
@@ -48,7 +49,7 @@ from .recipes import recipe
 MODULES = (pretrain, cross_entropy, linear_probe, dmlp, gce, mixup, forward_correction, co_teaching, cdr,
            divide_mix, divide_mix_trusted, aug_desc, c2d, cpc, elr, elr_plus, joint_optimisation, pencil,
            m_correction, mean_teacher, mix_match, fix_match, uda, l2r, mw_net, mlc, mslc, mlc_matrix,
-           mlnt, ieg, famus, long_tail)
+           mlnt, ieg, famus, famus_two, long_tail)
 chain("dmlp-naive", "dmlp", "cross-entropy", "Tu et al., CVPR 2023, Sec. 3.3")
 chain("dmlp-divide-mix", "dmlp", "divide-mix", "Tu et al., CVPR 2023, Table 1")
 chain("dmlp-co-teaching", "dmlp", "co-teaching", "Tu et al., CVPR 2023, Table 4")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from ..data.checks import BadInput, Config, build, setting
 from ..engine.contract import Method, Stage, register
+from ..engine.metagrad import wide
 from ..engine.mixture import TwoGaussians, fit_gaussians
 from .cross_entropy import learning_rate, per_sample_loss
 
@@ -168,7 +169,7 @@ def unlabelled_loss(
     squares: str = "mean",  # over classes: "mean" or "sum"
 ) -> torch.Tensor:
     "Squared difference of probabilities and targets, averaged over samples. Source: MixMatch Eq. (4)."
-    squared = (logits.float().softmax(1) - targets).square()
+    squared = (wide(logits).softmax(1) - targets).square()
     return squared.mean() if squares == "mean" else squared.sum(1).mean()
 
 # %% ../../nbs/methods/divide_mix.ipynb #cell-36
@@ -176,7 +177,7 @@ def prior_penalty(
     logits: torch.Tensor,  # (B, C)
 ) -> torch.Tensor:
     "sum_c (1/C) log((1/C) / mean p_c), in nats; from logarithms: finite for a class that is never predicted."
-    log_mean = logits.float().log_softmax(1).logsumexp(0) - math.log(len(logits))
+    log_mean = wide(logits).log_softmax(1).logsumexp(0) - math.log(len(logits))
     return -log_mean.mean() - math.log(logits.shape[1])
 
 # %% ../../nbs/methods/divide_mix.ipynb #cell-39
@@ -197,15 +198,17 @@ class TwoNetworks(Stage):
     def start(self, lab):
         c = self.config
         self.nets = torch.nn.ModuleList(lab.net(c.net, role) for role in ("net", "net2"))
-        self.optimiser1, self.optimiser2 = (
-            torch.optim.SGD(net.parameters(), c.rate, c.momentum, weight_decay=c.weight_decay)
-            for net in self.nets)
+        self.optimiser1, self.optimiser2 = map(self.optimiser_for, self.nets)
         self.loss, self.p_clean = (torch.zeros(2, lab.n, device=lab.device) for _ in range(2))
         self.confidence = torch.zeros(lab.n, device=lab.device)
         self.prediction, self.corrected = (torch.zeros_like(self.confidence).long() for _ in range(2))
         self.seen = lab.watch(self.nets[0])
         hard = lab.labels.ndim == 1
         self._labels = F.one_hot(lab.labels, lab.num_classes).float() if hard else lab.labels.float()
+
+    def optimiser_for(self, net):
+        c = self.config
+        return torch.optim.SGD(net.parameters(), c.rate, c.momentum, weight_decay=c.weight_decay)
 
     @property
     def optimisers(self): return self.optimiser1, self.optimiser2
