@@ -19,7 +19,7 @@ from ..engine.lab import Batch
 from ..engine.metagrad import MetaGradient, TrainingPass, Trusted, VirtualStep, meta_gradient, step_of
 from ..engine.pretrain import FeatureConfig, check_start, features_of, start_from
 from .cross_entropy import per_sample_loss
-from .l2r import Reweighted, ReweightingConfig
+from .l2r import Reweighted, ReweightingConfig, rate_at
 
 # %% ../../nbs/methods/mlc.ipynb #cell-5
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class CorrectingConfig(FeatureConfig, ReweightingConfig):
     plain_epochs: int = setting(0, "epochs of plain training first", "MLC", low=0)
     coupling: str = setting("coupled", "whether the network up to its last layer learns on after those",
                             "MLC; DMLP Sec. 1 compares", choices=("coupled", "decoupled"))
+    decoupled_rate: float = setting(0.0, "learning rate once all but the last layer is fixed; 0: `rate`",
+                                    "ours", low=0)
     publish: str = setting("hard", "what later stages train on", "as DMLP's labels, Fig. 4: one-hot form",
                            choices=("hard", "soft"))
 
@@ -123,13 +125,18 @@ class Correcting(Reweighted):
     def epoch(self, lab, epoch):
         self._plain = epoch < self.config.plain_epochs
         if epoch == self.config.plain_epochs: self.begin(lab)
-        frozen = not self._plain and self.config.coupling == "decoupled"
-        for p in self.net.body.parameters(): p.requires_grad_(not frozen)
+        self._fixed = not self._plain and self.config.coupling == "decoupled"
+        for p in self.net.body.parameters(): p.requires_grad_(not self._fixed)
         norms = [m for m in self.net.body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._frozen = norms if frozen else []
+        self._frozen = norms if self._fixed else []
         told = super().epoch(lab, epoch)
         for name in ("mean_weight", "zero_weights"): told.pop(name)
         return told | {"corrected": (self.table.argmax(1) != self._given.argmax(1)).float().mean().item()}
+
+    def rate(self, progress):
+        c = self.config
+        own = dataclasses.replace(c, rate=c.decoupled_rate) if self._fixed and c.decoupled_rate else c
+        return rate_at(own, progress)
 
     def begin(self, lab): "What is to be done before labels are corrected for the first time."
 
