@@ -170,7 +170,10 @@ class Chain(Method):
     "A purifier followed by a classifier that trains on its labels."
     parts: tuple[str, str] = ()
 
-    def __init__(self, first: Method, second: Method): self.methods = (first, second)
+    def __init__(self, first: Method, second: Method):
+        self.methods = (first, second)
+        self.needs = tuple(dict.fromkeys(first.needs + second.needs))
+
     def check(self, task): [m.check(task) for m in self.methods]
     def describe(self): return {m.name: m.describe() for m in self.methods}
     def stages(self): return [s for m in self.methods for s in m.stages()]
@@ -198,9 +201,10 @@ def chain(
     purifier: str,  # a registered purifier
     classifier: str,  # a registered classifier
     paper: str,  # reference
+    needs: tuple[str, ...] = (),  # what its recipes ask for beyond what the parts need by default
 ) -> type[Chain]:
     "Register the composition of two methods under a name of its own; it needs what either needs."
     first, second = REGISTRY[purifier], REGISTRY[classifier]
-    needs = tuple(dict.fromkeys(first.needs + second.needs))
+    needs = tuple(dict.fromkeys((*first.needs, *second.needs, *needs)))
     cls = type(name, (Chain,), {"parts": (purifier, classifier)})
     return register(name, f"{first.family} + {second.family}", paper, needs)(cls)

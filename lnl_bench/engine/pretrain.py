@@ -6,7 +6,8 @@
 __all__ = ['FEATURE_FORMAT', 'UNREADABLE', 'nt_xent', 'info_nce', 'enqueue', 'follow', 'cosine_rate', 'alignment_uniformity',
            'make_encoder', 'Projected', 'projected', 'SimCLRConfig', 'Contrast', 'SimCLRStage', 'SimCLR', 'MoCoConfig',
            'MoCoStage', 'MoCo', 'unlabelled_task', 'FeatureConfig', 'pretraining', 'feature_identity', 'Features',
-           'extract', 'frozen', 'pretrained', 'store_features', 'load_features', 'locked', 'features_of']
+           'extract', 'frozen', 'pretrained', 'store_features', 'load_features', 'locked', 'features_of', 'start_from',
+           'check_start']
 
 # %% ../../nbs/engine/pretrain.ipynb #cell-2
 import contextlib
@@ -400,3 +401,21 @@ def features_of(
         with locked(folder, lab.poll):
             if not folder.exists(): store_features(lab, config, folder, progress or lab.progress)
     return load_features(lab, config, folder)
+
+# %% ../../nbs/engine/pretrain.ipynb #cell-72
+def start_from(
+    net: Net,  # changed in place, all but its head
+    encoder: Net,  # of the same architecture
+) -> None:
+    "Give `net` the weights and statistics of `encoder`, as pre-training left them."
+    net.body.load_state_dict(encoder.body.state_dict())
+
+# %% ../../nbs/engine/pretrain.ipynb #cell-75
+def check_start(
+    net: str,  # architecture of the network that is to start from the encoder
+    config: FeatureConfig,  # of the encoder
+) -> None:
+    "Raise `BadInput` where the network is not of the encoder's architecture."
+    if net == config.feature_net: return
+    raise BadInput(f"net = {net!r} cannot start from an encoder of feature_net = {config.feature_net!r}; "
+                   "accepted: the same for both.")

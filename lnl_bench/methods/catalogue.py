@@ -55,6 +55,9 @@ chain("dmlp-divide-mix", "dmlp", "divide-mix", "Tu et al., CVPR 2023, Table 1")
 chain("dmlp-co-teaching", "dmlp", "co-teaching", "Tu et al., CVPR 2023, Table 4")
 chain("dmlp-elr-plus", "dmlp", "elr-plus", "Tu et al., CVPR 2023, Table 4")
 chain("dmlp-cdr", "dmlp", "cdr", "Tu et al., CVPR 2023, Table 4")
+# MLC* and MSLC* of that table: the star is a SimCLR start, which the recipes set.
+chain("mlc-divide-mix", "mlc", "divide-mix", "Tu et al., CVPR 2023, Table 6", needs=("pre-training",))
+chain("mslc-divide-mix", "mslc", "divide-mix", "Tu et al., CVPR 2023, Table 6", needs=("pre-training",))
 
 # %% ../../nbs/methods/catalogue.ipynb #cell-5
 def methods_table() -> list[dict]:

@@ -48,7 +48,7 @@ from lnl_bench.methods.mw_net import (
     batch_weights,
     make_weigher,
     meta_optimiser,
-    variance,
+    unsteadiness,
     weight_curve,
 )
 
@@ -385,8 +385,8 @@ def _learn(self: WeighDivided, lab, k: int, since: int) -> dict[str, float]:
     sampler.finish()
     names = ("loss", "loss_u", "mean_weight", "mean_weight_u")
     numbers = dict(zip(names, (sums / steps).tolist(), strict=True)) | summarised(metas)
-    return numbers | {"meta_variance": variance(metas), "active_layers": self.active[k].sum().item(),
-                      "labelled": len(labelled) / lab.n, "pseudo_clean": len(judges) / lab.n}
+    shares = {"labelled": len(labelled) / lab.n, "pseudo_clean": len(judges) / lab.n}
+    return numbers | unsteadiness(metas) | {"active_layers": self.active[k].sum().item()} | shares
 
 WeighDivided.learn = _learn
 

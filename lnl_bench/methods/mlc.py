@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CorrectingConfig', 'MLCConfig', 'LabelCorrector', 'make_corrector', 'soft_loss', 'corrector_gradient', 'Correcting',
-           'CorrectLabels', 'MLC']
+           'CorrectingMethod', 'CorrectLabels', 'MLC']
 
 # %% ../../nbs/methods/mlc.ipynb #cell-2
 import dataclasses
@@ -17,18 +17,31 @@ from ..data.checks import seed_for, setting
 from ..engine.contract import Method, register
 from ..engine.lab import Batch
 from ..engine.metagrad import MetaGradient, TrainingPass, Trusted, VirtualStep, meta_gradient, step_of
+from ..engine.pretrain import FeatureConfig, check_start, features_of, start_from
 from .cross_entropy import per_sample_loss
-from .l2r import Reweighted, ReweightingConfig
+from .l2r import Reweighted, ReweightingConfig, rate_at
 
 # %% ../../nbs/methods/mlc.ipynb #cell-5
 @dataclasses.dataclass(frozen=True)
-class CorrectingConfig(ReweightingConfig):
-    "Settings of training on corrected labels beside a trusted batch."
+class CorrectingConfig(FeatureConfig, ReweightingConfig):
+    "Settings of training on corrected labels beside a trusted batch, perhaps from a pre-trained body."
+    representation: str = setting("random", "what the network up to its last layer starts from; `random`: "
+                                  "its own random weights", "MLC and MSLC; DMLP Table 6: simclr",
+                                  choices=("random", "simclr", "moco"))
+    feature_net: str = setting("resnet32", "architecture of the pre-trained encoder, that of `net`", "as net")
     net: str = setting("resnet32", "architecture, as in `make_net`", "MLC released code")
     weight_decay: float = setting(5e-4, "weight decay of SGD", "MLC released code", low=0)
     plain_epochs: int = setting(0, "epochs of plain training first", "MLC", low=0)
     coupling: str = setting("coupled", "whether the network up to its last layer learns on after those",
                             "MLC; DMLP Sec. 1 compares", choices=("coupled", "decoupled"))
+    decoupled_rate: float = setting(0.0, "learning rate once all but the last layer is fixed; 0: `rate`",
+                                    "ours", low=0)
+    publish: str = setting("hard", "what later stages train on", "as DMLP's labels, Fig. 4: one-hot form",
+                           choices=("hard", "soft"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.representation != "random": check_start(self.net, self)
 
 # %% ../../nbs/methods/mlc.ipynb #cell-6
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +116,8 @@ class Correcting(Reweighted):
     "Plain training, then training on corrected labels; a method says in `correct` where those come from."
     def start(self, lab):
         super().start(lab)
+        if self.config.representation != "random":
+            start_from(self.net, features_of(lab, self.config).net)
         given = lab.task.given.to(lab.device)
         self._given = F.one_hot(given, lab.num_classes).float() if given.ndim == 1 else given.float()
         self.table = self._given.clone()
@@ -110,13 +125,18 @@ class Correcting(Reweighted):
     def epoch(self, lab, epoch):
         self._plain = epoch < self.config.plain_epochs
         if epoch == self.config.plain_epochs: self.begin(lab)
-        frozen = not self._plain and self.config.coupling == "decoupled"
-        for p in self.net.body.parameters(): p.requires_grad_(not frozen)
+        self._fixed = not self._plain and self.config.coupling == "decoupled"
+        for p in self.net.body.parameters(): p.requires_grad_(not self._fixed)
         norms = [m for m in self.net.body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._frozen = norms if frozen else []
+        self._frozen = norms if self._fixed else []
         told = super().epoch(lab, epoch)
         for name in ("mean_weight", "zero_weights"): told.pop(name)
         return told | {"corrected": (self.table.argmax(1) != self._given.argmax(1)).float().mean().item()}
+
+    def rate(self, progress):
+        c = self.config
+        own = dataclasses.replace(c, rate=c.decoupled_rate) if self._fixed and c.decoupled_rate else c
+        return rate_at(own, progress)
 
     def begin(self, lab): "What is to be done before labels are corrected for the first time."
 
@@ -124,7 +144,9 @@ class Correcting(Reweighted):
         known = super().samples(lab) | {"corrected": self.table.argmax(1), "confidence": self.table.amax(1)}
         return known | {"p_clean": (self.table * self._given).sum(1)}
 
-    def result(self, lab): return {"labels": self.table.clone(), "soft": self.table.clone()}
+    def result(self, lab):
+        soft = self.table.clone()
+        return {"labels": soft.argmax(1) if self.config.publish == "hard" else soft, "soft": soft}
 
 # %% ../../nbs/methods/mlc.ipynb #cell-20
 def _one_step(self: Correcting, lab, batch, options: dict) -> MetaGradient | None:
@@ -152,6 +174,13 @@ def _draw(self: Correcting, lab) -> tuple[Trusted, Batch | None]:
 Correcting.draw = _draw
 
 # %% ../../nbs/methods/mlc.ipynb #cell-23
+class CorrectingMethod(Method):
+    "A method that corrects labels; from a pre-trained start it needs pre-training too."
+    def __init__(self, config=None):
+        super().__init__(config)
+        if self.config.representation != "random": self.needs = (*self.needs, "pre-training")
+
+# %% ../../nbs/methods/mlc.ipynb #cell-25
 class CorrectLabels(Correcting):
     "MLC: a network and its label corrector, trained side by side."
     name = "mlc"
@@ -182,9 +211,9 @@ class CorrectLabels(Correcting):
         self.table[batch.index] = soft
         return soft, meta
 
-# %% ../../nbs/methods/mlc.ipynb #cell-24
+# %% ../../nbs/methods/mlc.ipynb #cell-26
 @register("mlc", "meta-learning", "Zheng et al., AAAI 2021 (MLC)", needs=("trusted set",))
-class MLC(Method):
+class MLC(CorrectingMethod):
     "Meta label correction: labels by a small network that learns from trusted images."
     Config = MLCConfig
     def stages(self): return [CorrectLabels(self.config)]

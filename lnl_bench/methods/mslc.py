@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.checks import setting
-from ..engine.contract import Method, register
+from ..engine.contract import register
 from ..engine.metagrad import MetaGradient, TrainingPass, Trusted, VirtualStep, meta_gradient
-from .mlc import Correcting, CorrectingConfig
+from .mlc import Correcting, CorrectingConfig, CorrectingMethod
 from .mw_net import make_weigher, weight_curve
 
 # %% ../../nbs/methods/mslc.ipynb #cell-5
 @dataclasses.dataclass(frozen=True)
 class MSLCConfig(CorrectingConfig):
     "Settings of MSLC."
+    feature_net: str = setting("resnet34", "architecture of the pre-trained encoder, that of `net`", "as net")
     net: str = setting("resnet34", "architecture, as in `make_net`", "released code")
     momentum_kind: str = setting("nesterov", "kind of momentum", "released code",
                                  choices=("plain", "nesterov"))
@@ -134,7 +135,7 @@ MixLabels.correct = _correct
 
 # %% ../../nbs/methods/mslc.ipynb #cell-19
 @register("mslc", "meta-learning", "Wu et al., AAAI 2021 (MSLC)", needs=("trusted set",))
-class MSLC(Method):
+class MSLC(CorrectingMethod):
     "Meta soft label corrector: given label, past label and prediction, mixed by learnt functions."
     Config = MSLCConfig
     def stages(self): return [MixLabels(self.config)]

@@ -51,8 +51,8 @@ def recipe(
     """Settings for a dataset, noise and preset, of the types that the method declares.
 
     Parts of a chain carry their prefix. Raises `BadInput` for an unknown method or preset."""
-    parts = getattr(REGISTRY[one_of("method", method, REGISTRY)], "parts", None)
+    parts = getattr(REGISTRY[one_of("method", method, REGISTRY)], "parts", ())
     where = (dataset, noise_type, noise, preset)
-    if parts: return {f"{p}.{k}": v for p in parts for k, v in recipe(p, *where).items()}
     rows = matching(method, *where)
-    return parse_settings(method, dict(zip(rows["setting"], rows["value"], strict=True)))
+    own = parse_settings(method, dict(zip(rows["setting"], rows["value"], strict=True)))
+    return {f"{p}.{k}": v for p in parts for k, v in recipe(p, *where).items()} | own

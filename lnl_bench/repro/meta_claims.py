@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..engine.lab import Lab
 from ..engine.metagrad import TrainingPass
-from ..methods.famus import layers_of, pooled, switched
+from ..methods.famus import layers_of
 from ..methods.mw_net import MetaWeight, weigher_gradient
 from ..views.theme import epoch_axis, figure_spec, run_style
 
@@ -27,13 +27,12 @@ def gates_say(
     generator: torch.Generator,
 ) -> Callable:
     "A choice of layers as its gates would make it now, from which they learn nothing."
-    c, layers = stage.config, layers_of(stage.net, stage.config.candidates)
+    sampler = copy.copy(stage._sampler)
+    sampler.draw = generator
     @torch.no_grad()
     def choose(gradients):
-        inputs = [pooled(gradients[names[0]]) for names in layers.values()]
-        logits = torch.stack([gate(x) for gate, x in zip(stage.gates, inputs, strict=True)])
-        on = switched(logits, c.gate_temperature, generator).round()
-        return [k for names, r in zip(layers.values(), on.tolist(), strict=True) if r for k in names]
+        on = sampler.gated_layers(gradients).tolist()
+        return [k for names, r in zip(sampler.layers.values(), on, strict=True) if r for k in names]
     return choose
 
 # %% ../../nbs/repro/meta_claims.ipynb #cell-12

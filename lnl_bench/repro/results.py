@@ -30,7 +30,7 @@ def variant_of(
     "The settings that change the algorithm rather than its size, as 'name=value' joined by '; '."
     flat = {}
     for name, value in config.items(): flat |= value if isinstance(value, dict) else {name: value}
-    named = ("variant", "order", "strategy", "coupling", "correction", "representation", "publish", "engine")
+    named = ("variant", "order", "strategy", "correction", "representation", "coupling", "publish", "engine")
     return "; ".join(f"{k}={flat[k]}" for k in named if k in flat)
 
 # %% ../../nbs/repro/results.ipynb #cell-9
@@ -169,7 +169,8 @@ NAMES = {
     "divide-mix-trusted": "DivideMix with the trusted images",
     "dmlp ipc": "DMLP, IPC alone", "dmlp eac": "DMLP, EAC alone", "dmlp": "DMLP",
     "dmlp-naive": "DMLP-Naive (network trained on DMLP's labels)", "dmlp-co-teaching": "DMLP-Co-teaching",
-    "dmlp-cdr": "DMLP-CDR", "dmlp-elr-plus": "DMLP-ELR+", "dmlp-divide-mix": "DMLP-DivideMix"}
+    "dmlp-cdr": "DMLP-CDR", "dmlp-elr-plus": "DMLP-ELR+", "dmlp-divide-mix": "DMLP-DivideMix",
+    "mlc-divide-mix": "MLC-DivideMix", "mslc-divide-mix": "MSLC-DivideMix"}
 USUAL = ("paper", "first", "gates", "coupled", "ipc+eac", "forward", "sampled")  # not mentioned
 
 # %% ../../nbs/repro/results.ipynb #cell-29
@@ -179,8 +180,10 @@ def reader_name(
 ) -> str:
     "What a table calls a method and its variant; the registered name where there is none."
     settings = dict(part.split("=") for part in str(variant).split("; ") if "=" in part)
-    told = [settings[k] for k in ("correction", "variant", "order", "strategy", "coupling", "engine")
-            if settings.get(k, "paper") not in USUAL]
+    names = ("correction", "variant", "order", "strategy", "coupling", "engine")
+    told = [settings[k] for k in names if settings.get(k, "paper") not in USUAL]
+    start = settings.get("representation", "random")
+    if "coupling" in settings and start != "random": told.insert(0, f"from {start}")  # usual for others
     if (whole := " ".join((method, *told))) in NAMES: return NAMES[whole]
     return ", ".join((NAMES.get(method, method), *told))
 
