@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms.functional import resize, rgb_to_grayscale
 
 from .checks import BadInput, seed_for
 from .noise import KINDS, Noise, chosen_samples, noise_of
@@ -24,9 +24,9 @@ def fitted(
 ) -> Tensor:
     "The same pictures in another shape, uint8."
     channels, height, width = shape
-    images = v2.functional.resize(images, [height, width], antialias=True)
+    images = resize(images, [height, width], antialias=True)
     if images.shape[1] == channels: return images
-    return v2.functional.rgb_to_grayscale(images) if channels == 1 else images.repeat(1, 3, 1, 1)
+    return rgb_to_grayscale(images) if channels == 1 else images.repeat(1, 3, 1, 1)
 
 # %% ../../nbs/data/open_set.ipynb #cell-11
 def _drawn(
