@@ -19,13 +19,13 @@ import typer
 import lnl_bench
 from .data.checks import BadInput, one_of, parse
 from .data.sources import csv_images, image_folder, known_sources
-from .data.task import make_task, read_trusted_csv, task_from_labels
+from .data.task import read_trusted_csv, task_from_labels
 from .engine.contract import REGISTRY, parse_settings
 from .engine.runs import Run, write_atomic
 from .engine.train import train as train_method
 from .methods.catalogue import configured, methods_table
 from .repro.bench import BENCHES, run_bench
-from .repro.experiment import Parameters, make_source, noise_on, page_folder, read_parameters
+from .repro.experiment import Parameters, Where, make_source, page_folder, read_parameters, task_on
 from .repro.results import fill_blocks, finished_runs, keep_record, merge_results, result_row
 from .watch import watch_run
 
@@ -122,7 +122,9 @@ def train(
     data: Annotated[str, typer.Option(
         help="A name of `lnl data`, NAME[5000] for some of its images, NAME[long-tail:50], or an image "
              "folder.")] = "digits",
-    noise: Annotated[str, typer.Option(help="KIND:RATE, such as symmetric:0.4; or none.")] = "none",
+    noise: Annotated[str, typer.Option(
+        help="KIND:RATE, such as symmetric:0.4; human:COLUMN; matrix:FILE; semantic:SHARE or "
+             "semantic:SHARE:NET; open-set:RATE:DATASET; or none.")] = "none",
     trusted: Annotated[int, typer.Option(
         help="Trusted images a class, taken out of the training set.")] = 10,
     preset: Preset = "laptop", seed: Seed = 0, settings: Set = [],  # noqa: B006
@@ -134,8 +136,10 @@ def train(
     one_of("method", method, REGISTRY)
     changes = parse_settings(method, pairs(settings, "--set"))
     source = make_source(data, data_dir, download)
-    noisy = noise_on(source, noise, seed, data, data_dir)
-    task = make_task(source, noisy, trusted_per_class=trusted or None, seed=seed)
+    places = Where(data_dir=data_dir, runs_dir=runs_dir, download=download, device=device)
+    clean = task_on(source, "none", seed, data, trusted)
+    configured(method, clean, preset, changes).check(clean)  # refused before a network is trained for noise
+    task = task_on(source, noise, seed, data, trusted, places)
     chosen = configured(method, task, preset, changes)
     say(f"{task!r}\n{chosen!r}")
     where = {"runs_dir": runs_dir, "run_dir": run_dir or None, "device": device, "precision": precision}

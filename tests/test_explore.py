@@ -122,7 +122,7 @@ def test_choices_and_steps():
 def test_noise_page_shows_the_matrix_that_was_drawn(page, kind):
     names = page("noise").names
     fig = names["noises"].at(kind=kind, rate=0.5)
-    made = names["noise_on"](names["source"], f"{kind}:0.5", 0, "digits", "data")
+    _, made = names["noise_on"](names["source"], f"{kind}:0.5", 0, "digits", names["Where"]())
     true, matrix = names["true"], np.zeros((10, 10))
     np.add.at(matrix, (true, made.labels.numpy()), 1)
     assert np.allclose(fig.data[0].z, matrix / matrix.sum(1, keepdims=True))

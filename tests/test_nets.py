@@ -10,8 +10,8 @@ from lnl_bench.data.checks import BadInput
 from lnl_bench.engine.nets import count_parameters, forward_macs, initialise, make_net, net_names
 
 # Quick on one core; the wider ones are built from the same blocks and are checked by count and shape below.
-LIGHT = ["cnn-digits", "cnn-small", "cnn9", "preact-resnet18", "preact-resnet18-final-bn", "preact-resnet32",
-         "resnet18", "resnet32", "wrn-10-1", "wrn-10-1-leaky", "wrn-10-1-dropout"]
+LIGHT = ["cnn-digits", "cnn-small", "cnn9", "vgg13", "preact-resnet18", "preact-resnet18-final-bn",
+         "preact-resnet32", "resnet18", "resnet32", "wrn-10-1", "wrn-10-1-leaky", "wrn-10-1-dropout"]
 COUNTS = {  # ten classes, three channels
     "resnet18": 11_173_962, "resnet34": 21_282_122, "resnet50": 23_520_842, "resnet32": 464_154,
     "wrn-28-2": 1_467_610, "wrn-28-8": 23_354_842, "wrn-28-10": 36_479_194, "wrn-40-2": 2_243_546,
@@ -19,10 +19,12 @@ COUNTS = {  # ten classes, three channels
     # 11,171,146 is the common PreAct ResNet-18, with a bare stem and nothing after the last block.
     "preact-resnet18": 11_171_146 + 2 * 64, "preact-resnet18-final-bn": 11_171_146 + 2 * 512,
     # nine convolutions; a bias, a scale and a shift for each of their 2,048 filters; the head
-    "cnn9": 9 * (3*128 + 2*128*128 + 128*256 + 2*256*256 + 256*512) + 512*256 + 256*128 + 3*2048 + 1290}
+    "cnn9": 9 * (3*128 + 2*128*128 + 128*256 + 2*256*256 + 256*512) + 512*256 + 256*128 + 3*2048 + 1290,
+    # ten convolutions; a bias, a scale and a shift for each of their 2,944 filters; the head
+    "vgg13": 9 * (3*64 + 64*64 + 64*128 + 128*128 + 128*256 + 256*256 + 256*512 + 3*512*512) + 3*2944 + 5130}
 
 
-def side(name): return 64 if name.startswith("tv-") else 16 if name == "cnn9" else 8
+def side(name): return 64 if name.startswith("tv-") else {"cnn9": 16, "vgg13": 32}.get(name, 8)
 
 
 def batch(name, n=2, channels=3):
@@ -54,7 +56,7 @@ def test_gradient_reaches_every_parameter(name):
     def arrived(p): return p.grad is not None and p.grad.isfinite().all() and p.grad.any()
     missing = [key for key, p in net.named_parameters() if not arrived(p)]
     # A bias before BatchNorm has a gradient of 0 up to rounding, which may round to 0.
-    assert [key for key in missing if not (name == "cnn9" and key.endswith("bias"))] == []
+    assert [key for key in missing if not (name in ("cnn9", "vgg13") and key.endswith("bias"))] == []
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -157,8 +159,8 @@ def test_dropout_only_while_training():
     dict(name="resnet-18"), dict(name="wrn-29-2"), dict(name="wrn-28-0"), dict(name="wrn-28-99"),
     dict(name=3), dict(name="wrn-999994-1"), dict(name="wrn-D-K"), dict(name=""), dict(name="wrn-28-2-best"),
     dict(num_classes=1), dict(num_classes=10.5), dict(channels=0), dict(size=7), dict(size="32"),
-    dict(name="cnn9", size=11), dict(name="tv-resnet18", size=31), dict(seed=-1), dict(weights="x.pt"),
-    dict(name="tv-resnet18", weights="absent.pt")], ids=str)
+    dict(name="cnn9", size=11), dict(name="vgg13", size=31), dict(name="tv-resnet18", size=31), dict(seed=-1),
+    dict(weights="x.pt"), dict(name="tv-resnet18", weights="absent.pt")], ids=str)
 def test_refused(given):
     values = dict(name="resnet18", num_classes=10) | given
     name, num_classes = values.pop("name"), values.pop("num_classes")

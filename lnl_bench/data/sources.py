@@ -207,15 +207,16 @@ def in_memory(
     return TensorImages(torch.from_numpy(pixels))
 
 # %% ../../nbs/data/sources.ipynb #cell-37
-def _check_labels(images: Images, labels: torch.Tensor, num_classes: int, which: str) -> None:
-    "Raise `BadInput` unless `labels` holds one class number per picture."
+def _check_labels(images: Images, labels: torch.Tensor, num_classes: int, which: str, least: int = 0) -> None:
+    "Raise `BadInput` unless `labels` holds one class number, from `least` on, per picture."
     if labels.dtype != torch.int64 or labels.shape != (len(images),):
         raise BadInput(f"{which} labels of type {labels.dtype} and shape {tuple(labels.shape)} do not fit "
                        f"{len(images)} pictures; accepted: torch.int64 of shape ({len(images)},).")
-    wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
+    wrong = ((labels < least) | (labels >= num_classes)).nonzero()
     if len(wrong):
         i = wrong[0].item()
-        raise BadInput(f"{which} label {i} = {labels[i]} is no class; accepted: 0 to {num_classes - 1}.")
+        raise BadInput(f"{which} label {i} = {labels[i]} is no class; "
+                       f"accepted: {least} to {num_classes - 1}.")
 
 # %% ../../nbs/data/sources.ipynb #cell-39
 @dataclass(frozen=True, eq=False, repr=False)
@@ -223,7 +224,7 @@ class Source:
     "Pictures and labels from one place; making one raises `BadInput` where its parts do not agree."
     name: str  # the dataset's variant, such as "cifar10" or "cifar10-jpeg"
     images: Images  # N training pictures
-    labels: torch.Tensor  # (N,) class numbers as they come
+    labels: torch.Tensor  # (N,) class numbers as they come; -1 for none of the classes where `open_set`
     test_images: Images | None
     test_labels: torch.Tensor | None
     class_names: tuple[str, ...]  # C names
@@ -234,6 +235,7 @@ class Source:
     flip: bool = False  # whether mirroring keeps the class
     licence: str = ""
     labels_are_true: bool = False  # False: the labels are suspect
+    open_set: bool = False  # True: some training pictures show none of the classes, which is known
     def __post_init__(self): _check_source(self)
     @property
     def num_classes(self) -> int: return len(self.class_names)
@@ -246,7 +248,9 @@ class Source:
 def _check_source(s: Source) -> None:
     "Raise `BadInput` where the parts of `s` do not agree."
     names, channels = s.class_names, s.images.shape[1]
-    _check_labels(s.images, s.labels, len(names), "training")
+    _check_labels(s.images, s.labels, len(names), "training", -1 if s.open_set else 0)
+    if s.open_set and not s.labels_are_true:
+        raise BadInput(f"{s.name} is open_set with suspect labels; accepted: open_set where labels_are_true.")
     if len(names) < 2: raise BadInput(f"{s.name} has {len(names)} class: {names}; accepted: 2 or more.")
     if len(set(names)) < len(names): raise BadInput(f"{s.name} has two classes of one name: {names}.")
     if not len(s.ids) == len(set(s.ids)) == len(s.images):
@@ -263,9 +267,11 @@ def _check_source(s: Source) -> None:
 # %% ../../nbs/data/sources.ipynb #cell-42
 def _summary(s: Source, most: int = 12) -> list[tuple[str, str]]:
     "What a person wants to know about `s`: (heading, text) pairs."
-    counts, shape = torch.bincount(s.labels, minlength=s.num_classes).tolist(), s.images.shape
+    known, shape = s.labels[s.labels >= 0], s.images.shape
+    counts = torch.bincount(known, minlength=s.num_classes).tolist()
     shown = ", ".join(f"{name} {count:,}" for name, count in zip(s.class_names[:most], counts, strict=False))
     if s.num_classes > most: shown += f", ... ({min(counts):,} to {max(counts):,} each)"
+    if len(known) < len(s.labels): shown += f"; none of them {len(s.labels) - len(known):,}"
     tested = "no test pictures" if s.test_images is None else f"{len(s.test_images):,} test"
     return [("source", s.name), ("pictures", f"{len(s.images):,} training, {tested}"),
             ("size", f"{shape[1]} x {shape[2]} x {shape[3]} (channels, height, width)"),

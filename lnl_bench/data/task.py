@@ -98,7 +98,7 @@ class Task:
     noise: dict  # the identity of the noise
     split: dict  # seed and protocol of the trusted set
     history: tuple[str, ...] = ()  # what was done to the labels since
-    _truth: Tensor | None = None  # (N,), for `truth_of` alone
+    _truth: Tensor | None = None  # (N,), -1 for none of the classes; for `truth_of` alone
     @property
     def num_classes(self) -> int: return len(self.class_names)
     @property
@@ -169,7 +169,9 @@ def task_identity(task: "Task") -> dict:
 
 # %% ../../nbs/data/task.ipynb #cell-30
 def truth_of(task: Task) -> Tensor | None:
-    "True labels (n,) in train order, None where nobody knows them. For metrics only, never for a method."
+    """True labels (n,) in train order, -1 for none of the classes; None where nobody knows them.
+
+    For metrics only, never for a method."""
     return None if task._truth is None else task._truth[task.train_index]
 
 # %% ../../nbs/data/task.ipynb #cell-32
@@ -194,7 +196,7 @@ def relabelled(
 # %% ../../nbs/data/task.ipynb #cell-39
 def _balanced(labels: Tensor, per_class: int, class_names: tuple[str, ...], rng) -> Tensor:
     "`per_class` samples of each class, sorted; raises `BadInput` for a class that has too few."
-    chosen, least = [], int(torch.bincount(labels, minlength=len(class_names)).min())
+    chosen, least = [], int(torch.bincount(labels[labels >= 0], minlength=len(class_names)).min())
     for c, name in enumerate(class_names):
         members = (labels == c).nonzero().flatten()
         if len(members) < per_class:
@@ -221,14 +223,15 @@ def trusted_split(
 ) -> Tensor:
     "Indices (m,) of the trusted samples, sorted; raises `BadInput` where the data cannot give such a set."
     C, N = source.num_classes, len(source.labels)
+    known = (source.labels >= 0).nonzero().flatten()  # all N, unless the source is open_set
     one_of("protocol", protocol, ["balanced", "random"])
     in_range("trusted_size", size, 0)
     rng = np.random.Generator(np.random.PCG64(seed_for(seed, "split")))
     if protocol == "balanced":
         if size % C: raise BadInput(f"trusted_size = {size} cannot be balanced; accepted: a multiple of {C}.")
         index = _balanced(source.labels, size // C, source.class_names, rng)
-    else: index = torch.from_numpy(rng.permutation(N)[:size]).sort().values
-    in_range("trusted_size", size, 0, N - 1)  # something is left to train on
+    else: index = known[torch.from_numpy(rng.permutation(len(known))[:size])].sort().values
+    in_range("trusted_size", size, 0, min(len(known), N - 1))  # something is left to train on
     _every_class_trusted(source.labels[index], source.class_names, "more samples, or protocol 'balanced'")
     return index
 
@@ -393,25 +396,34 @@ def _images_at(images: Images, index: Tensor) -> Images:
     return FileImages(paths, images.shape[2:], images.shape[1], images.fit).to(images.device)
 
 # %% ../../nbs/data/task.ipynb #cell-75
+def _before_replacing(source: Source) -> None:
+    "Raise `BadInput` for a source some of whose images were replaced already."
+    if source.open_set:
+        raise BadInput(f"no part of {source.name!r} can be taken: some of its images show none of the "
+                       "classes; accepted: the part first, then open-set noise on it.")
+
+# %% ../../nbs/data/task.ipynb #cell-76
 def subset(
     source: Source,
     n: int,  # how many training images to keep; the test set stays whole
     seed: int = 0,  # the stream is that of the purpose "subset"
 ) -> Source:
     "A smaller source named 'name[n]' with the classes in proportion; raises `BadInput` for an impossible n."
+    _before_replacing(source)
     in_range("subset size", n, source.num_classes, len(source.labels))
     rng = np.random.Generator(np.random.PCG64(seed_for(seed, "subset")))
     index = stratified(source.labels, n, source.num_classes, rng)
     return dataclasses.replace(source, name=f"{source.name}[{n}]", images=_images_at(source.images, index),
                                labels=source.labels[index], ids=tuple(source.ids[i] for i in index.tolist()))
 
-# %% ../../nbs/data/task.ipynb #cell-79
+# %% ../../nbs/data/task.ipynb #cell-80
 def long_tailed(
     source: Source,
     factor: float,  # f, from 1: the largest class over the smallest, if all classes were equal before
     seed: int = 0,  # the stream is that of the purpose "long-tail"
 ) -> Source:
     "A source named 'name[long-tail:f]' with ever rarer classes; the test set stays whole. FaMUS Sec. 5.4."
+    _before_replacing(source)
     in_range("long-tail factor", factor, 1)
     rng = np.random.Generator(np.random.PCG64(seed_for(seed, "long-tail")))
     C, kept = source.num_classes, []

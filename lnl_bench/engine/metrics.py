@@ -39,23 +39,24 @@ def _classes(
     name: str,  # what the value is called in a refusal
     value,  # (N,) class indices, or (N, C) scores of which the largest counts, the first at a tie
     length: int | None = None,  # the accepted N
-    num_classes: int | None = None,  # classes are 0 ... num_classes - 1; None accepts any not negative
+    num_classes: int | None = None,  # classes are 0 ... num_classes - 1; None accepts any from `least` on
+    least: int = 0,  # -1 where that means none of the classes
 ) -> np.ndarray:
     "`value` as (N,) class indices; raises `BadInput` for a wrong shape, fractions or an index out of range."
     if np.ndim(value) == 2: value = _array(name, value, length, ndim=2).argmax(1)
     a = _array(name, value, length)
     if a.dtype.kind not in "iu": raise BadInput(f"{name} holds {a.dtype}; accepted: whole numbers.")
-    in_range(f"smallest class in {name}", int(a.min()), 0)
-    if num_classes is not None: in_range(f"largest class in {name}", int(a.max()), 0, num_classes - 1)
+    in_range(f"smallest class in {name}", int(a.min()), least)
+    if num_classes is not None: in_range(f"largest class in {name}", int(a.max()), least, num_classes - 1)
     return a
 
 # %% ../../nbs/engine/metrics.ipynb #cell-11
 def accuracy(
     predicted,  # (N,) class indices, or (N, C) scores
-    true,  # (N,) class indices
+    true,  # (N,) class indices, -1 for none of the classes
 ) -> float:
     "The share of samples whose predicted class is the true one, 0 to 1. Raises `BadInput` if lengths differ."
-    true = _classes("true", true)
+    true = _classes("true", true, least=-1)
     return float((_classes("predicted", predicted, len(true)) == true).mean())
 
 # %% ../../nbs/engine/metrics.ipynb #cell-14
@@ -64,11 +65,11 @@ def _ratio(part: float, whole: float) -> float: return float(part / whole) if wh
 # %% ../../nbs/engine/metrics.ipynb #cell-17
 def label_accuracy(
     labels,  # (N,) class indices, or (N, C) soft labels
-    true,  # (N,) class indices
+    true,  # (N,) class indices, -1 for none of the classes
     num_classes: int,  # C
 ) -> dict:
     "`overall`: share of right labels; `per_class`: the same for each true class, NaN for an absent one."
-    true = _classes("true", true, num_classes=num_classes)
+    true = _classes("true", true, num_classes=num_classes, least=-1)
     right = _classes("labels", labels, len(true), num_classes) == true
     per_class = [_ratio(right[true == c].sum(), (true == c).sum()) for c in range(num_classes)]
     return dict(overall=float(right.mean()), per_class=per_class)
@@ -115,12 +116,12 @@ def _probabilities(prob) -> np.ndarray:
 # %% ../../nbs/engine/metrics.ipynb #cell-30
 def calibration(
     prob,  # (N, C) probabilities
-    true,  # (N,) class indices
+    true,  # (N,) class indices, -1 for none of the classes
     bins: int = 15,  # bins of equal width over (0, 1]
 ) -> dict:
     "`ece`, `mce` and `bins`: low, high, count, confidence, accuracy (NaN if empty). Source: Guo et al. 2017."
     prob = _probabilities(prob)
-    right = prob.argmax(1) == _classes("true", true, len(prob), prob.shape[1])
+    right = prob.argmax(1) == _classes("true", true, len(prob), prob.shape[1], least=-1)
     bins = int(in_range("bins", bins, 1))
     edges = np.linspace(0, 1, bins + 1)
     confidence = prob.max(1)
@@ -151,12 +152,12 @@ def confusion(
 def repair_counts(
     given,  # (N,) class indices before the correction
     corrected,  # (N,) class indices, or (N, C) soft labels, after it
-    true,  # (N,) class indices
+    true,  # (N,) class indices, -1 for none of the classes, for which every label is wrong
 ) -> dict:
     """Counts: `changed` = `repaired` (wrong to right) + `broken` (right to wrong) + `moved_wrong` (wrong to
     another wrong class); `kept_wrong` and `kept_right` are the labels that were not changed."""
-    given = _classes("given", given)
-    corrected, true = _classes("corrected", corrected, len(given)), _classes("true", true, len(given))
+    given, true = _classes("given", given), _classes("true", true, len(given), least=-1)
+    corrected = _classes("corrected", corrected, len(given))
     changed, was_right, is_right = given != corrected, given == true, corrected == true
     counts = dict(changed=changed, repaired=changed & is_right, broken=was_right & ~is_right,
                   moved_wrong=changed & ~was_right & ~is_right, kept_wrong=~changed & ~was_right,

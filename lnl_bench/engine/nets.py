@@ -183,6 +183,13 @@ def _cnn9(channels: int) -> tuple[nn.Module, int]:
     return nn.Sequential(*first, *second, *third, *_pool()), 128
 
 # %% ../../nbs/engine/nets.ipynb #cell-43
+def _vgg13(channels: int) -> tuple[nn.Module, int]:
+    "The convolutions of torchvision's VGG-13 with BatchNorm: (body, feature width)."
+    layers = models.vgg13_bn(weights=None).features
+    if channels != 3: layers[0] = nn.Conv2d(channels, 64, 3, padding=1)
+    return nn.Sequential(*layers, *_pool()), 512
+
+# %% ../../nbs/engine/nets.ipynb #cell-46
 def _cnn(channels: int, *widths: int | str) -> tuple[nn.Module, int]:
     "3x3 convolutions with BatchNorm and ReLU; 'M' is a 2x2 max-pooling: (body, feature width)."
     layers, inputs = [], channels
@@ -192,7 +199,7 @@ def _cnn(channels: int, *widths: int | str) -> tuple[nn.Module, int]:
         inputs = width
     return nn.Sequential(*layers, *_pool()), inputs
 
-# %% ../../nbs/engine/nets.ipynb #cell-46
+# %% ../../nbs/engine/nets.ipynb #cell-49
 def _torchvision(channels: int, name: str) -> tuple[nn.Module, int]:
     "torchvision's ResNet `name` without its last layer: (body, feature width)."
     body = models.get_model(name, weights=None)
@@ -200,7 +207,7 @@ def _torchvision(channels: int, name: str) -> tuple[nn.Module, int]:
     if channels != 3: body.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
     return body, width
 
-# %% ../../nbs/engine/nets.ipynb #cell-48
+# %% ../../nbs/engine/nets.ipynb #cell-51
 def _load_body(
     body: nn.Module,  # a torchvision network whose `fc` is the identity
     path: str | Path,  # a state dict saved by torch.save, with torchvision's names
@@ -215,11 +222,12 @@ def _load_body(
         raise BadInput(f"weights = {str(path)!r} cannot be used; accepted: a state dict with torchvision's "
                        f"names and shapes, saved by torch.save. {str(e)[:200]}") from e
 
-# %% ../../nbs/engine/nets.ipynb #cell-52
+# %% ../../nbs/engine/nets.ipynb #cell-55
 _BODIES = {  # name: (channels -> (body, feature width), smallest side of an image in pixels)
     "cnn-digits": (lambda c: _cnn(c, 32, 64, "M", 64, 128), 4),
     "cnn-small": (lambda c: _cnn(c, 32, "M", 64, "M", 128, "M", 256), 8),
     "cnn9": (_cnn9, 12),
+    "vgg13": (_vgg13, 32),
     "preact-resnet18": (_preact_resnet18, 8),
     "preact-resnet18-final-bn": (_preact_resnet18_final_bn, 8),
     "preact-resnet32": (_preact_resnet32, 4),
@@ -232,12 +240,12 @@ _BODIES = {  # name: (channels -> (body, feature width), smallest side of an ima
     "tv-resnet50": (partial(_torchvision, name="resnet50"), 32),
 }
 
-# %% ../../nbs/engine/nets.ipynb #cell-55
+# %% ../../nbs/engine/nets.ipynb #cell-58
 _WRN_NAMES = ("wrn-28-2", "wrn-28-2-leaky", "wrn-28-8", "wrn-28-8-leaky", "wrn-28-10", "wrn-28-10-dropout",
               "wrn-40-2")
 _WRN_VARIANTS = {"": {}, "-leaky": {"slope": 0.1}, "-dropout": {"dropout": 0.3}}
 
-# %% ../../nbs/engine/nets.ipynb #cell-56
+# %% ../../nbs/engine/nets.ipynb #cell-59
 def _wrn_named(name: str) -> tuple[Callable, int] | None:
     "Builder and smallest image side of 'wrn-D-K', also with '-leaky' or '-dropout'; None for other names."
     match = re.fullmatch(r"wrn-(\d{1,6})-(\d{1,6})(|-leaky|-dropout)", name)
@@ -247,12 +255,12 @@ def _wrn_named(name: str) -> tuple[Callable, int] | None:
         raise BadInput(f"depth of net {name!r} = {depth} is not 6n + 4; accepted: 10, 16, 22, 28, ... 208.")
     return partial(_wrn, depth=depth, widen=widen, **_WRN_VARIANTS[match[3]]), 4
 
-# %% ../../nbs/engine/nets.ipynb #cell-58
+# %% ../../nbs/engine/nets.ipynb #cell-61
 def net_names() -> list[str]:
     "All named networks, sorted; `make_net` also accepts every other 'wrn-D-K' with D = 6n + 4."
     return sorted([*_BODIES, *_WRN_NAMES])
 
-# %% ../../nbs/engine/nets.ipynb #cell-61
+# %% ../../nbs/engine/nets.ipynb #cell-64
 def initialise(net: nn.Module) -> nn.Module:
     "Draw all weights anew by the rule above, in place, and return `net`."
     for m in net.modules():
@@ -261,7 +269,7 @@ def initialise(net: nn.Module) -> nn.Module:
         if isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None: nn.init.zeros_(m.bias)
     return net
 
-# %% ../../nbs/engine/nets.ipynb #cell-64
+# %% ../../nbs/engine/nets.ipynb #cell-67
 @contextlib.contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
     "What the CPU draws inside depends on `seed` alone, and leaves no trace; None changes nothing."
@@ -271,7 +279,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the GPUs' too
         yield
 
-# %% ../../nbs/engine/nets.ipynb #cell-67
+# %% ../../nbs/engine/nets.ipynb #cell-70
 @dataclasses.dataclass(frozen=True)
 class NetSpec(Config):
     "What is needed to build a network again, kept as `net.spec`; refused at once if a value cannot be used."
@@ -280,7 +288,7 @@ class NetSpec(Config):
     channels: int = setting(3, "channels of the images", low=1)
     size: int = setting(32, "side of the images in pixels", low=1)
 
-# %% ../../nbs/engine/nets.ipynb #cell-68
+# %% ../../nbs/engine/nets.ipynb #cell-71
 def make_net(
     name: str,  # one of `net_names()` or any 'wrn-D-K'
     num_classes: int,  # outputs of the head
@@ -306,17 +314,17 @@ def make_net(
     net.spec = spec
     return net
 
-# %% ../../nbs/engine/nets.ipynb #cell-73
+# %% ../../nbs/engine/nets.ipynb #cell-76
 def count_parameters(net: nn.Module) -> int:
     "Parameters that require a gradient; the running statistics of BatchNorm are not among them."
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
-# %% ../../nbs/engine/nets.ipynb #cell-76
+# %% ../../nbs/engine/nets.ipynb #cell-79
 def _layer_macs(layer: nn.Conv2d | nn.Linear, out: torch.Tensor) -> int:
     "Multiply-adds of one layer that produced `out`: each output sums over one filter or one row of weights."
     return out.numel() * layer.weight[0].numel()
 
-# %% ../../nbs/engine/nets.ipynb #cell-78
+# %% ../../nbs/engine/nets.ipynb #cell-81
 def forward_macs(
     net: nn.Module,  # any network of convolutions and linear layers
     shape: tuple[int, int, int],  # (C, H, W) of one image

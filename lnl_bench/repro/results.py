@@ -57,17 +57,23 @@ def oracle_of(
     told = dict.fromkeys(part.get("oracle", "none") for part in parts_of(config))
     return ", ".join(t for t in told if t != "none") or "none"
 
-# %% ../../nbs/repro/results.ipynb #cell-13
+# %% ../../nbs/repro/results.ipynb #cell-14
+def _noise_type(noise: dict) -> str:
+    "The kind of a noise, with all that its spec says beyond the nominal rate."
+    if noise["kind"] == "semantic": return noise["spec"]
+    return f"open-set:{noise['images_from']['name']}" if noise["kind"] == "open-set" else noise["kind"]
+
+# %% ../../nbs/repro/results.ipynb #cell-16
 def _asked(about: dict) -> dict:
     "The columns of a row that say what was trained on what, from a run's record."
     task, config, noise = about["task"], about["config"], about["task"]["noise"]
     return {
         KEY: fingerprint({k: about[k] for k in about["identity"]}), "dataset": task["name"],
-        "noise_type": noise["kind"], "noise": noise.get("nominal"), "realised_noise": noise["realised"],
+        "noise_type": _noise_type(noise), "noise": noise.get("nominal"), "realised_noise": noise["realised"],
         "noise_hash": noise["hash"][:12], "method": about["method"], "variant": variant_of(config),
         "preset": about["preset"], "net": trained(about).get("net")}
 
-# %% ../../nbs/repro/results.ipynb #cell-15
+# %% ../../nbs/repro/results.ipynb #cell-18
 def _cost(about: dict, result: dict) -> dict:
     "The columns of a row that say what it took, on which machine, with which versions."
     where, passes = about["environment"], result["passes"]
@@ -77,7 +83,7 @@ def _cost(about: dict, result: dict) -> dict:
         "precision": about["precision"], **{k: where[k] for k in ("device", "threads", "torch")},
         "lnl_bench": where["lnl_bench"], "commit": where["commit"], "started": about["started"]}
 
-# %% ../../nbs/repro/results.ipynb #cell-16
+# %% ../../nbs/repro/results.ipynb #cell-19
 def result_row(run: Run) -> dict:
     "One row for a finished run; raises `BadInput` for a run that is not finished."
     check_format(run)
@@ -91,7 +97,7 @@ def result_row(run: Run) -> dict:
         "noise_auc": (result["noise_detection"] or {}).get("auc"), **_cost(about, result),
         "oracle": oracle_of(about["config"])}
 
-# %% ../../nbs/repro/results.ipynb #cell-19
+# %% ../../nbs/repro/results.ipynb #cell-22
 def finished_runs(
     folder: Path | str,  # that holds run directories, at any depth
 ) -> list[Run]:
@@ -103,7 +109,7 @@ def finished_runs(
     runs = [Run(p.parent) for p in sorted(Path(folder).rglob("run.json"))]
     return [r for r in runs if r.finished and "pretrain" not in r.path.parts]
 
-# %% ../../nbs/repro/results.ipynb #cell-20
+# %% ../../nbs/repro/results.ipynb #cell-23
 def merge_results(
     path: Path | str,  # the CSV file, made where it is missing
     rows: list[dict],  # from `result_row`
@@ -120,7 +126,7 @@ def merge_results(
     write_atomic(path, table.to_csv(index=False).encode())
     return table.reset_index(drop=True)
 
-# %% ../../nbs/repro/results.ipynb #cell-23
+# %% ../../nbs/repro/results.ipynb #cell-26
 def spread(
     table: pd.DataFrame,  # rows of `result_row`
     scores: tuple[str, ...] = SCORES,  # which columns to summarise
@@ -139,7 +145,7 @@ def spread(
         out.append(row)
     return pd.DataFrame(out)
 
-# %% ../../nbs/repro/results.ipynb #cell-25
+# %% ../../nbs/repro/results.ipynb #cell-28
 def cell(
     mean: float | None,  # in percent
     sd: float | None,  # over seeds
@@ -150,7 +156,7 @@ def cell(
     if mean is None or pd.isna(mean): return "–"
     return f"{mean:{form}}" if n < 2 or sd is None or pd.isna(sd) else f"{mean:{form}} ± {sd:.1f}"
 
-# %% ../../nbs/repro/results.ipynb #cell-28
+# %% ../../nbs/repro/results.ipynb #cell-31
 NAMES = {
     "cross-entropy": "cross-entropy on the noisy labels", "mixup": "mixup", "gce": "GCE",
     "forward-correction": "Forward correction", "cdr": "CDR", "elr": "ELR", "elr-plus": "ELR+",
@@ -173,7 +179,7 @@ NAMES = {
     "mlc-divide-mix": "MLC-DivideMix", "mslc-divide-mix": "MSLC-DivideMix"}
 USUAL = ("paper", "first", "gates", "coupled", "ipc+eac", "forward", "sampled")  # not mentioned
 
-# %% ../../nbs/repro/results.ipynb #cell-29
+# %% ../../nbs/repro/results.ipynb #cell-32
 def reader_name(
     method: str,  # registered name
     variant: str,  # from `variant_of`
@@ -187,12 +193,12 @@ def reader_name(
     if (whole := " ".join((method, *told))) in NAMES: return NAMES[whole]
     return ", ".join((NAMES.get(method, method), *told))
 
-# %% ../../nbs/repro/results.ipynb #cell-32
+# %% ../../nbs/repro/results.ipynb #cell-35
 SHOWN = {"label_accuracy_before": "labels right, given", "label_accuracy_after": "after",
          "noise_auc": "detection AUC", "best": "test best", "last": "last", "last10": "mean of last 10",
          "selected_by_trusted": "epoch chosen by trusted"}
 
-# %% ../../nbs/repro/results.ipynb #cell-33
+# %% ../../nbs/repro/results.ipynb #cell-36
 def noise_text(row: dict) -> str:
     "The noise of a row of `spread`, such as `symmetric 0.8`."
     kind, rate = row["noise_type"], row["noise"]
@@ -204,20 +210,20 @@ def told_name(row: dict) -> str:
     name = reader_name(row["method"], row["variant"])
     return name if row["oracle"] == "none" else f"{name} (told the {row['oracle']})"
 
-# %% ../../nbs/repro/results.ipynb #cell-35
+# %% ../../nbs/repro/results.ipynb #cell-38
 def _line(row: dict) -> str:
     "One row of `spread` as a line of a Markdown table."
     scores = [cell(row[s], row[f"{s}_sd"], row["n"]) for s in SHOWN]
     return "| " + " | ".join([noise_text(row), told_name(row), *scores, str(row["n"])]) + " |"
 
-# %% ../../nbs/repro/results.ipynb #cell-37
+# %% ../../nbs/repro/results.ipynb #cell-40
 def _place(row: dict) -> tuple:
     "Where a row of `spread` stands in a table: by noise, rate, and the order of `NAMES`."
     names, rate, told = list(NAMES.values()), row["noise"], reader_name(row["method"], row["variant"])
     places = [i for i, name in enumerate(names) if name in (told, told.split(", ")[0])]
     return row["noise_type"], -1 if pd.isna(rate) else rate, (places or [len(names)])[-1], told
 
-# %% ../../nbs/repro/results.ipynb #cell-39
+# %% ../../nbs/repro/results.ipynb #cell-42
 def rows_where(table: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
     """The rows whose columns have these values, as text, or one of several with a bar between them.
 
@@ -228,7 +234,7 @@ def rows_where(table: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
     if len(chosen): return chosen
     raise BadInput(f"no stored run has {where}.")
 
-# %% ../../nbs/repro/results.ipynb #cell-40
+# %% ../../nbs/repro/results.ipynb #cell-43
 def markdown_table(
     table: pd.DataFrame,  # all results
     where: dict[str, str],  # column -> value, as text
@@ -240,7 +246,7 @@ def markdown_table(
     rows = spread(chosen, tuple(SHOWN)).to_dict("records")
     return "\n".join(lines + [_line(r) for r in sorted(rows, key=_place)])
 
-# %% ../../nbs/repro/results.ipynb #cell-43
+# %% ../../nbs/repro/results.ipynb #cell-46
 PAIR = ["dataset", "noise_type", "noise", "noise_hash", "trusted", "train", "preset", "seed"]
 
 def gains(
@@ -259,7 +265,7 @@ def gains(
     pairs["gain"] = pairs[score] - pairs[f"{score} of baseline"]
     return spread(pairs, ("gain",))
 
-# %% ../../nbs/repro/results.ipynb #cell-44
+# %% ../../nbs/repro/results.ipynb #cell-47
 def gains_table(
     table: pd.DataFrame,  # all results
     where: dict[str, str],  # column -> value, as text; `baseline` and `score` as in `gains`
@@ -278,7 +284,7 @@ def gains_table(
     return "\n".join(head + [f"| {name} | " + " | ".join(cells.get(c, "–") for c in columns) + " |"
                              for name, cells in lines.items()])
 
-# %% ../../nbs/repro/results.ipynb #cell-48
+# %% ../../nbs/repro/results.ipynb #cell-51
 def bench_table(
     rows: list[dict],  # each with name, seconds, ratio, detail
 ) -> str:
@@ -287,7 +293,7 @@ def bench_table(
     lines += [f"| {r['name']} | {r['seconds']:.3g} | {r['ratio']:.3g} | {r['detail']} |" for r in rows]
     return "\n".join(lines)
 
-# %% ../../nbs/repro/results.ipynb #cell-50
+# %% ../../nbs/repro/results.ipynb #cell-53
 def fill_blocks(
     text: str,  # of a Markdown page
     table: pd.DataFrame,  # all results
@@ -303,10 +309,10 @@ def fill_blocks(
 
 TABLES = {"results": markdown_table, "gains": gains_table}
 
-# %% ../../nbs/repro/results.ipynb #cell-53
+# %% ../../nbs/repro/results.ipynb #cell-56
 RECORDS = ("run.json", "result.json", "task.json", "metrics.jsonl", "clock.jsonl")
 
-# %% ../../nbs/repro/results.ipynb #cell-54
+# %% ../../nbs/repro/results.ipynb #cell-57
 def keep_record(
     run: Run,  # a finished run
     folder: Path | str,  # of all records, made where it is missing

@@ -259,7 +259,8 @@ def wrong_rates(
     true: np.ndarray,  # (n,)
     num_classes: int,  # C
 ) -> np.ndarray:
-    "The share of wrong labels in each true class (C,), NaN of none."
+    "The share of wrong labels in each true class (C,), NaN of none; samples of no class (-1) are left out."
+    given, true = given[true >= 0], true[true >= 0]
     sizes, wrong = (np.bincount(true[rows], minlength=num_classes) for rows in (slice(None), given != true))
     return np.divide(wrong, sizes, out=np.full(num_classes, np.nan), where=sizes > 0)
 
@@ -270,7 +271,10 @@ def shared_mistakes(
     true: np.ndarray,  # (n,)
     num_classes: int,  # C
 ) -> dict[str, float]:
-    "`both`: how often both are wrong; `same`: alike then; and what the classes alone would give."
+    """`both`: how often both are wrong; `same`: alike then; and what the classes alone would give.
+
+    Samples of none of the classes (-1) are left out."""
+    one, two, true = (a[true >= 0] for a in (one, two, true))
     wrong = [a != true for a in (one, two)]
     both = wrong[0] & wrong[1]
     T = [_said(a, true, num_classes) for a in (one, two)]

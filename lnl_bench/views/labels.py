@@ -35,6 +35,7 @@ from lnl_bench.views.theme import (
     layout,
     named_runs,
     nothing_yet,
+    outside_note,
     percent_axis,
     read_labels,
     run_style,
@@ -274,7 +275,7 @@ def per_class(
 ) -> np.ndarray:
     "(C,) share of right labels in each true class (NaN: no samples), or without truth each label's count."
     if true is None: return np.bincount(labels, minlength=num_classes).astype(float)
-    sizes = np.bincount(true, minlength=num_classes)
+    sizes = np.bincount(true[true >= 0], minlength=num_classes)
     right = np.bincount(true[labels == true], minlength=num_classes)
     return np.divide(right, sizes, out=np.full(num_classes, np.nan), where=sizes > 0)
 
@@ -310,7 +311,7 @@ def per_class_figure(
         note = "True labels are not known: how many samples carry each label, not how many are right. "
         return layout(fig, f"Labels by class ({state.title})", "class", "training samples", note + state.note)
     layout(fig, f"Label accuracy by class ({state.title})", "true class", "right labels (% of the class)",
-           state.note)
+           outside_note(state.true) + state.note)
     return percent_axis(fig)
 
 # %% ../../nbs/views/labels.ipynb #cell-54
@@ -325,13 +326,13 @@ def class_shares(
     history = label_history(run)
     if not history: raise nothing_yet({run.path.name: run}, "corrected labels or predictions")
     given, true, names = fresh(run.path / "samples.npz", _labels_of)
-    sizes = np.bincount(given if true is None else true, minlength=len(names)).astype(float)
+    sizes = np.bincount(given if true is None else true[true >= 0], minlength=len(names)).astype(float)
     sizes[sizes == 0] = np.nan
     counts = np.array([sizes - t.changed if true is None else t.right for *_, t in history]).T
     before = np.full(len(names), np.nan) if true is None else per_class(given, true, len(names))
     unknown = "True labels are not known: shares of each class's labels that are still as given. "
-    return (np.array([n for n, *_ in history], np.int32), counts / sizes[:, None], before,
-            unknown * (true is None) + _kinds_note(history))
+    note = unknown * (true is None) + outside_note(true) + _kinds_note(history)
+    return np.array([n for n, *_ in history], np.int32), counts / sizes[:, None], before, note
 
 # %% ../../nbs/views/labels.ipynb #cell-56
 def _chosen(klass: int | list[int] | None, num_classes: int) -> list[int]:
@@ -548,12 +549,12 @@ def repair_figure(
 
 # %% ../../nbs/views/labels.ipynb #cell-92
 def transition_matrix(
-    rows: np.ndarray,  # (n,) true, corrected or predicted classes
+    rows: np.ndarray,  # (n,) true, corrected or predicted classes; -1, none of them, is left out
     given: np.ndarray,  # (n,) given classes
     num_classes: int,  # C
 ) -> np.ndarray:
     "(C, C) share of each given class among the samples of a row's class; NaN in a row without samples."
-    counts = confusion_counts(rows, given, num_classes).astype(float)
+    counts = confusion_counts(rows[rows >= 0], given[rows >= 0], num_classes).astype(float)
     sizes = counts.sum(1, keepdims=True)
     return np.divide(counts, sizes, out=np.full_like(counts, np.nan), where=sizes > 0)
 
@@ -623,7 +624,7 @@ def transition_comparison_spec(
     realised = None if moment.true is None else transition_matrix(moment.true, moment.given, len(names))
     matrices = {"estimated": estimated} | ({} if realised is None else {"realised": realised})
     data, axes = (_matrix_panels(matrices, names) if klass is None else _matrix_bars(matrices, names, klass))
-    note = f"Estimated: {origin}. {_difference(estimated, realised, names)}"
+    note = f"Estimated: {origin}. {_difference(estimated, realised, names)} {outside_note(moment.true)}"
     title = f"Transition matrix ({moment.title})" + ("" if klass is None else f", true class {names[klass]}")
     return figure_spec(f"transition {klass is None}", data, title, note, **axes,
                        **({} if klass is not None else dict(showlegend=False)))

@@ -20,6 +20,7 @@ from .moments import Moment, fresh, recorded_moments
 from lnl_bench.views.theme import (
     COLOURS,
     SYMBOLS,
+    class_text,
     epoch_axis,
     figure_spec,
     nothing_yet,
@@ -125,7 +126,7 @@ def _own(x: np.ndarray, own: list[float], sample: int, labels: tuple) -> dict:
     "The path of a sample."
     given, true, names = labels
     about = f"position {sample}, given {names[given[sample]]}"
-    if true is not None: about += f", true {names[true[sample]]}"
+    if true is not None: about += f", true {class_text(names, true[sample])}"
     return dict(type="scatter", mode="lines+markers", x=x, y=np.array(own, np.float32), name=about,
                 line=dict(color=COLOURS["both"], dash="dot", width=3), marker=dict(symbol="star", size=11),
                 hovertemplate="epoch %{x}: %{y:.3f}")

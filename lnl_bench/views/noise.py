@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 
 from ..data.checks import BadInput
 from ..engine.runs import Run, check_format
-from .theme import COLOURS, layout, printable, read_labels
+from .theme import COLOURS, OUTSIDE, layout, printable, read_labels
 
 # %% ../../nbs/views/noise.ipynb #cell-5
 # Light below one half and dark from there on, so that the numbers in the cells keep their contrast.
@@ -69,6 +69,8 @@ def transition_figure(run: Run) -> go.Figure:
                        f"accepted: {len(names)} x {len(names)}.")
     fig = class_axes(go.Figure(matrix_heatmap(matrix, names, scale="share of the true class")))
     note = "Each row: how the samples of one true class were labelled, before any correction."
+    if noise.get("kind") == "open-set":
+        note += f" In no row: {round(noise['realised'] * noise['size']):,} images that show {OUTSIDE}."
     return layout(fig, noise_title(noise), "given class", "true class", note=note, height=640)
 
 # %% ../../nbs/views/noise.ipynb #cell-13

@@ -33,7 +33,7 @@ from ..data.checks import BadInput, one_of
 from ..engine.runs import Run
 from .moments import Moment, fresh, read_moment, recorded_moments
 from .noise import png
-from .theme import COLOURS, SERIES, TEMPLATE, heading, nothing_yet
+from .theme import COLOURS, OUTSIDE, SERIES, TEMPLATE, class_text, heading, nothing_yet
 
 # %% ../../nbs/views/prototypes.ipynb #cell-7
 def shown_samples(moment: Moment) -> tuple[np.ndarray, np.ndarray]:
@@ -311,7 +311,7 @@ def described(
     run, position, names = moment.run, shown_samples(moment)[0][places], moment.names
     index, ids = fresh(run.path / "samples.npz")["index"][position], fresh(run.path / "labels.csv", _ids)
     labels = {"given": moment.given, "corrected": moment.arrays.get("corrected"), "true": moment.true}
-    columns = [[f"<br>{name}: {names[c]}" for c in a[position]] for name, a in labels.items()
+    columns = [[f"<br>{name}: {class_text(names, c)}" for c in a[position]] for name, a in labels.items()
                if a is not None]
     heads = [f"sample {i}" + (f" ({html.escape(ids[i])})" if ids.get(i, str(i)) != str(i) else "")
              for i in index.tolist()]
@@ -391,12 +391,14 @@ def _groups(moment: Moment, at: np.ndarray, colour: str, prototypes: np.ndarray)
         return [("given label right", ~wrong, dict(color=COLOURS["clean"], symbol="circle", size=5)),
                 ("given label wrong", wrong, dict(color=COLOURS["noisy"], symbol="x", size=6))]
     labels = {"given": moment.given, "true": moment.true}.get(colour, moment.arrays.get("corrected"))[at]
+    look = dict(color=COLOURS["text"], symbol="x", size=6)
+    outside = [(OUTSIDE, labels < 0, look)] if (labels < 0).any() else []
     if len(moment.names) <= DISTINCT:
-        return [(name, labels == c, class_marker(c)) for c, name in enumerate(moment.names)]
+        return [*((name, labels == c, class_marker(c)) for c, name in enumerate(moment.names)), *outside]
     place = from_left(prototypes)
     ends = dict(tickvals=[0, 1], ticktext=[moment.names[place.argmin()], moment.names[place.argmax()]])
-    return [("samples", np.ones(len(at), bool),
-             _scaled(place[labels], LEFT_TO_RIGHT, f"{colour} label's prototype, left to right", **ends))]
+    shade = _scaled(place[labels], LEFT_TO_RIGHT, f"{colour} label's prototype, left to right", **ends)
+    return [("samples", labels >= 0, shade), *outside]
 
 # %% ../../nbs/views/prototypes.ipynb #cell-71
 def _picked(moment: Moment, at: np.ndarray, colour: str, highlight: int, groups: list[tuple]) -> list[tuple]:
