@@ -14,12 +14,15 @@ from lnl_bench.engine.contract import load_stage_state, make_method, stage_state
 from lnl_bench.engine.metagrad import TrainingPass, Trusted, VirtualStep, meta_gradient
 from lnl_bench.engine.nets import make_net
 from lnl_bench.methods.famus import (
+    RELEASED_GATES,
     FaMUSL2RConfig,
     FaMUSMLCMatrixConfig,
     FaMUSMWNetConfig,
     SampledCorrectLoss,
     SampledLearnToReweight,
     SampledMetaWeight,
+    SamplingConfig,
+    gate_loss,
     last_layer_gradient,
     layers_of,
     pooled,
@@ -144,6 +147,54 @@ def test_the_loss_on_gradients_by_hand():
         stage.epoch(lab, 0)
         rows[weight] = torch.cat([p.detach().flatten() for p in stage.weigher.parameters()])
     assert not torch.allclose(rows[0.0], rows[100.0], atol=1e-4), "it teaches the weigher"
+
+
+def test_the_rows_of_table_3_are_settings():
+    "The count loss holds the number of layers that count; the loss on gradients teaches the weigher."
+    active = {}
+    for weight in (0.1, 0.0):
+        lab, stage = started(task=tasks.digits_task("symmetric:0.4", n=600, trusted=5), batch=20, layers=2,
+                             lambda_r=weight)
+        active[weight] = [stage.epoch(lab, e)["active_layers"] for e in range(3)][-1]
+    assert abs(active[0.1] - 2) < 1 and active[0.0] > active[0.1] + 1.2
+    for weight in (0.0, 0.1):
+        lab, stage = started(lambda_g=weight, strategy="last:1")
+        stage.net.train()
+        batch = lab.batch(torch.arange(40))
+        first = TrainingPass(stage.net, batch.images)
+        _, meta = stage.weigh(lab, batch, first, {**stage._sampler.options, "note": stage.noted})
+        told = [p.grad for p in stage.weigher.parameters()]
+        same = [torch.equal(a, b) for a, b in zip(told, meta.gradients, strict=True)]
+        assert all(same) if not weight else not any(same)
+
+
+def test_what_gates_learn_from_by_hand():
+    r, gains = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0.5, 0.25, -1.0, 2.0])
+    c = SamplingConfig(layers=1, lambda_r=0.3)
+    assert gate_loss(r, gains, 2, c).item() == pytest.approx(0.3 * (2 + 2 - 1) ** 2 + gains.sum().item())
+    last = SamplingConfig(layers=4, lambda_r=0.3, counted="last gate")
+    assert gate_loss(r, gains, 2, last).item() == pytest.approx(0.3 * 16 + gains.sum().item())
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_released_gates_in_front_of_every_host(name):
+    lab, stage = started(name, **RELEASED_GATES)
+    row = stage.epoch(lab, 0)
+    names = [k for k, _ in stage.net.named_parameters()]  # 14, fewer than there might be
+    assert list(stage._layers) == names and len(stage.gates) == len(names) - 2
+    assert tasks.finite(row) and stage.active[-2:].tolist() == [1, 1] and stage.active.max() <= 1
+
+
+def test_gates_that_learn_from_the_trusted_loss_alone_move():
+    lab, stage = started(lambda_r=0.0, gates_learn="trusted loss and count")
+    before = copy.deepcopy(stage.gates.state_dict())
+    assert tasks.finite(stage.epoch(lab, 0))
+    assert any(not torch.equal(before[k], v) for k, v in stage.gates.state_dict().items())
+
+
+def test_no_layer_that_could_have_a_gate():
+    with pytest.raises(BadInput, match="candidates = 1 .* accepted: more candidates"):
+        started(candidates=1, always_on="head")
 
 
 @pytest.mark.parametrize("text", ["", "gates:3", "last", "random:0", "last:-1", "first:2", "random:x"])
