@@ -352,7 +352,7 @@ KINDS: dict[str, tuple[str, str]] = {  # kind -> (what follows the colon, the co
     "instance": ("rate", "instance-dependent, flip rates from a truncated normal distribution"),
     "human": ("column", "human labels"),
     "semantic": ("share[:net]", "semantic, predictions of a network trained on a clean part"),
-    "open-set": ("rate:dataset", "open-set, images replaced by some of none of the classes"),
+    "open-set": ("rate:dataset", "open-set, images replaced by some that show none of the classes"),
 }
 
 # %% ../../nbs/data/noise.ipynb #cell-81
