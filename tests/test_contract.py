@@ -18,6 +18,11 @@ METHODS = sorted(REGISTRY)
 CLASSIFIERS = [name for name in METHODS if REGISTRY[name].family != "representation"]
 
 
+def each(names):
+    "A parameter for each method; its tests run in one process, which trains it once for all of them."
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in names])
+
+
 @pytest.fixture(scope="module")
 def task(): return tasks.digits_task(n=400, trusted=5)
 
@@ -43,6 +48,22 @@ def finished(task, folder):
     return get
 
 
+@pytest.fixture(scope="module")
+def batches(task, folder, finished):
+    "How often a run of a method looks for requests, with the features that an earlier run left in the cache."
+    counts = {}
+
+    def get(name):
+        if name not in counts:
+            polls = []
+            finished(name)
+            fit(name, task, folder, f"{name}-count", poll=lambda: polls.append(0))
+            counts[name] = len(polls)
+        return counts[name]
+
+    return get
+
+
 def content(run: Run):
     "What must be equal in equal runs: metrics, labels, and every tensor of the final state."
     labels = run.path / "labels.csv"
@@ -60,7 +81,7 @@ def assert_same_tensors(a, b, path="state"):
     else: assert a == b or (a != a and b != b), path
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 def test_trains_with_finite_numbers(name, finished):
     run = finished(name)
     assert run.finished and run.status()["state"] == "finished"
@@ -73,7 +94,7 @@ def test_trains_with_finite_numbers(name, finished):
     json.loads((run.path / "result.json").read_text(), parse_constant=refuse)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 def test_same_seed_same_bits(name, finished, task, folder):
     again = fit(name, task, folder, f"{name}-again", cache_dir=folder / "cache-again")
     assert content(again) == content(finished(name))
@@ -81,17 +102,15 @@ def test_same_seed_same_bits(name, finished, task, folder):
 
 
 # The probe draws no random number.
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "linear-probe"])
+@each([n for n in METHODS if n != "linear-probe"])
 def test_other_seed_other_bits(name, finished, task, folder):
     assert content(fit(name, task, folder, f"{name}-seed1", seed=1)) != content(finished(name))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 @pytest.mark.parametrize("part", [0.2, 0.5, 0.8])
-def test_stopped_and_resumed_equals_uninterrupted(name, part, finished, task, folder):
-    whole, polls = finished(name), []  # first: it leaves features in the cache, and later runs are shorter
-    fit(name, task, folder, f"{name}-count-{part}", poll=lambda: polls.append(0))
-    stop_at, seen = max(1, int(part * len(polls))), []
+def test_stopped_and_resumed_equals_uninterrupted(name, part, finished, batches, task, folder):
+    whole, stop_at, seen = finished(name), max(1, int(part * batches(name))), []
 
     def stop():
         seen.append(0)
@@ -120,7 +139,7 @@ def poll_at_every_batch(monkeypatch):
     monkeypatch.setattr(t, "time", Clock())
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@each(CLASSIFIERS)
 def test_exports_a_label_for_every_training_sample(name, finished, task):
     table = pd.read_csv(finished(name).path / "labels.csv", dtype={"id": str, "given": str, "corrected": str})
     assert list(table.columns) == ["index", "id", "given", "corrected", "confidence", "p_clean"]
@@ -130,7 +149,7 @@ def test_exports_a_label_for_every_training_sample(name, finished, task):
     assert table[["confidence", "p_clean"]].stack().between(0, 1 + 1e-6).all()
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@each(CLASSIFIERS)
 def test_bfloat16_stays_near(name, finished, task, folder):
     half = fit(name, task, folder, f"{name}-bf16", precision="bfloat16", cache_dir=folder / "cache-bf16")
     for key in ("best", "label_accuracy_after"):
@@ -145,7 +164,7 @@ def test_compiled_stays_near(finished, task, folder):
     assert compiled.result["passes"] == finished("cross-entropy").result["passes"]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 def test_a_method_that_needs_trusted_samples_says_so(name):
     bare = tasks.digits_task(n=200)
     method = configured(name, bare, "smoke")
