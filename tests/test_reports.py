@@ -3,13 +3,15 @@
 import json
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from lnl_bench.engine.runs import Run
+from lnl_bench.repro.meta_claims import stored
 from lnl_bench.repro.results import KEY, fill_blocks, result_row
 
-PAGES = ("README.md", "reports/README.md")
+PAGES = ("README.md", "reports/README.md", "reports/meta-learning.md")
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +33,13 @@ def test_a_changed_number_is_found(repo, results):
 
 def test_every_row_has_its_record(repo, results):
     kept = (repo / "reports" / "runs").glob("*/result.json")
-    rows = {row[KEY]: row for row in (result_row(Run(p.parent)) for p in kept)}
+    rows = {found[KEY]: found for found in (result_row(Run(p.parent)) for p in kept)}
     assert set(results[KEY]) == set(rows), "results.csv and reports/runs hold the same runs"
-    for stored in results.to_dict("records"):
-        for name, value in rows[stored[KEY]].items():
-            if value in (None, ""): assert pd.isna(stored[name]), name
-            elif isinstance(value, (int, float)): assert abs(stored[name] - value) < 1e-9, name
-            else: assert str(stored[name]) == str(value), name
+    for row in results.to_dict("records"):
+        for name, value in rows[row[KEY]].items():
+            if value in (None, ""): assert pd.isna(row[name]), name
+            elif isinstance(value, (int, float)): assert abs(row[name] - value) < 1e-9, name
+            else: assert str(row[name]) == str(value), name
 
 
 def test_provenance_is_whole(results):
@@ -125,6 +127,25 @@ def test_dmlp_on_digits_does_what_the_pages_say(results):
     for n in (0.5, 0.8): assert both[n] > mean(results, "linear-probe", n, "label_accuracy_after")
     for n in both:
         for alone in ("ipc", "eac"): assert both[n] > mean(results, "dmlp", n, "label_accuracy_after", alone)
+
+
+def test_sampled_gradients_vary_as_the_page_says(repo):
+    rows = pd.read_csv(repo / "reports" / "meta_gradients.csv")
+    rows, found = rows.query("epoch > 0 and trained_by == 'famus-mw-net'"), {}
+    for column in ("variance", "relative_variance"):
+        wide = rows.pivot_table(index=["seed", "epoch"], columns="asked", values=column)
+        found[column] = np.exp(np.log(wide.div(wide["forward"], axis=0)).mean()).round(2)
+    assert found["variance"]["gates"] == 0.51 and found["relative_variance"]["gates"] == 0.98
+    assert found["relative_variance"]["random 4 layers"] == 1.23
+    assert round(rows[rows["asked"] == "gates"]["cosine_of_a_batch"].mean(), 2) == 0.87
+
+
+def test_lambda_comes_apart_in_the_stored_runs(repo):
+    runs = stored(repo / "reports" / "runs", "digits", "symmetric:0.4", "ieg", variant="paper")
+    assert [run.about["seed"] for run in runs] == [0, 1, 2]
+    clean, wrong = (pd.DataFrame([r.series(f"p_clean_of_{k}") for r in runs]).mean()
+                    for k in ("clean", "mislabelled"))
+    assert clean.min() > 0.8 and round(clean.iloc[-1], 2) == 0.91 and round(wrong.iloc[-1], 2) == 0.1
 
 
 def test_meta_gradients_cost_what_the_pages_say(repo):
