@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 
 from lnl_bench.engine.runs import Run
-from lnl_bench.repro.meta_claims import stored
-from lnl_bench.repro.results import KEY, fill_blocks, result_row
+from lnl_bench.repro.results import KEY, fill_blocks, result_row, stored
 
 PAGES = ("README.md", "reports/README.md", "reports/meta-learning.md")
 

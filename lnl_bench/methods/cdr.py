@@ -16,7 +16,7 @@ from .cross_entropy import CrossEntropyConfig, TrainOnLabels
 
 # %% ../../nbs/methods/cdr.ipynb #cell-5
 def kth_largest(
-    scores: torch.Tensor,  # [n], not negative
+    scores: torch.Tensor,  # (n,), not negative
     k: int,  # from 1
     sampled: int = 100_000,  # about how many bracket the answer
 ) -> torch.Tensor:
@@ -41,7 +41,7 @@ def critical(
     weights: list[torch.Tensor],  # of any shapes
     gradients: list[torch.Tensor],  # of the same shapes
     share: float,  # 1 - tau, of all weights together
-    room: torch.Tensor | None = None,  # [number of all weights]: becomes the masks
+    room: torch.Tensor | None = None,  # (number of all weights,): becomes the masks
 ) -> list[torch.Tensor]:
     """Masks of these shapes, 1 where a weight is critical: at least one, of equal ones all. From the paper.
 
@@ -92,8 +92,13 @@ class TrainCritical(TrainOnLabels):
     def start(self, lab):
         super().start(lab)
         self.optimiser.register_step_pre_hook(lambda *_: self.restrict())
-        weights = [w for w in self.net.parameters() if w.ndim in (2, 4)]
+        weights = self.contested
         self._room = weights[0].new_empty(sum(w.numel() for w in weights))
+
+    @property
+    def contested(self):
+        "All convolutional and linear weights."
+        return [w for w in self.net.parameters() if w.ndim in (2, 4)]
 
     def optimiser_for(self, net):
         optimiser = super().optimiser_for(net)
@@ -101,8 +106,8 @@ class TrainCritical(TrainOnLabels):
         return optimiser
 
     def restrict(self):
-        "Change the gradients of all convolutional and linear weights."
-        c, weights = self.config, [w for w in self.net.parameters() if w.ndim in (2, 4)]
+        "Change the gradients of the contested weights."
+        c, weights = self.config, self.contested
         masks = critical(weights, [w.grad for w in weights], 1 - c.tau, self._room)
         decay = c.weight_decay if c.variant == "paper" else 0.0
         for w, mask in zip(weights, masks, strict=True): restrict(w, w.grad, mask, c.tau, decay)

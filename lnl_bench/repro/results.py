@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEY', 'SCORES', 'NAMES', 'USUAL', 'SHOWN', 'PAIR', 'TABLES', 'RECORDS', 'variant_of', 'parts_of', 'trained',
-           'oracle_of', 'result_row', 'finished_runs', 'merge_results', 'spread', 'cell', 'reader_name', 'noise_text',
-           'told_name', 'rows_where', 'markdown_table', 'gains', 'gains_table', 'bench_table', 'fill_blocks',
-           'keep_record']
+           'oracle_of', 'result_row', 'finished_runs', 'stored', 'merge_results', 'spread', 'cell', 'reader_name',
+           'noise_text', 'told_name', 'rows_where', 'markdown_table', 'gains', 'gains_table', 'bench_table',
+           'fill_blocks', 'keep_record']
 
 # %% ../../nbs/repro/results.ipynb #cell-2
 import re
@@ -110,6 +110,23 @@ def finished_runs(
     return [r for r in runs if r.finished and "pretrain" not in r.path.parts]
 
 # %% ../../nbs/repro/results.ipynb #cell-23
+def stored(
+    folder: Path | str,  # of runs or their records, such as reports/runs
+    dataset: str,
+    noise: str,  # its spec, such as "symmetric:0.4"
+    method: str,
+    **settings,  # of the method, that must have these values
+) -> list[Run]:
+    "The finished runs of a method on one noise, by seed; raises `BadInput` where there is none."
+    def fits(about):
+        same = about["method"] == method and about["task"]["name"] == dataset
+        same = same and about["task"]["noise"]["spec"] == noise
+        return same and all(about["config"].get(k) == v for k, v in settings.items())
+    found = [run for run in finished_runs(folder) if fits(run.about)]
+    if found: return sorted(found, key=lambda run: run.about["seed"])
+    raise BadInput(f"{folder} holds no run of {method!r} on {dataset!r} with noise {noise!r} and {settings}.")
+
+# %% ../../nbs/repro/results.ipynb #cell-24
 def merge_results(
     path: Path | str,  # the CSV file, made where it is missing
     rows: list[dict],  # from `result_row`
@@ -126,7 +143,7 @@ def merge_results(
     write_atomic(path, table.to_csv(index=False).encode())
     return table.reset_index(drop=True)
 
-# %% ../../nbs/repro/results.ipynb #cell-26
+# %% ../../nbs/repro/results.ipynb #cell-27
 def spread(
     table: pd.DataFrame,  # rows of `result_row`
     scores: tuple[str, ...] = SCORES,  # which columns to summarise
@@ -145,7 +162,7 @@ def spread(
         out.append(row)
     return pd.DataFrame(out)
 
-# %% ../../nbs/repro/results.ipynb #cell-28
+# %% ../../nbs/repro/results.ipynb #cell-29
 def cell(
     mean: float | None,  # in percent
     sd: float | None,  # over seeds
@@ -156,7 +173,7 @@ def cell(
     if mean is None or pd.isna(mean): return "–"
     return f"{mean:{form}}" if n < 2 or sd is None or pd.isna(sd) else f"{mean:{form}} ± {sd:.1f}"
 
-# %% ../../nbs/repro/results.ipynb #cell-31
+# %% ../../nbs/repro/results.ipynb #cell-32
 NAMES = {
     "cross-entropy": "cross-entropy on the noisy labels", "mixup": "mixup", "gce": "GCE",
     "forward-correction": "Forward correction", "cdr": "CDR", "elr": "ELR", "elr-plus": "ELR+",
@@ -179,7 +196,7 @@ NAMES = {
     "mlc-divide-mix": "MLC-DivideMix", "mslc-divide-mix": "MSLC-DivideMix"}
 USUAL = ("paper", "first", "gates", "coupled", "ipc+eac", "forward", "sampled")  # not mentioned
 
-# %% ../../nbs/repro/results.ipynb #cell-32
+# %% ../../nbs/repro/results.ipynb #cell-33
 def reader_name(
     method: str,  # registered name
     variant: str,  # from `variant_of`
@@ -193,12 +210,12 @@ def reader_name(
     if (whole := " ".join((method, *told))) in NAMES: return NAMES[whole]
     return ", ".join((NAMES.get(method, method), *told))
 
-# %% ../../nbs/repro/results.ipynb #cell-35
+# %% ../../nbs/repro/results.ipynb #cell-36
 SHOWN = {"label_accuracy_before": "labels right, given", "label_accuracy_after": "after",
          "noise_auc": "detection AUC", "best": "test best", "last": "last", "last10": "mean of last 10",
          "selected_by_trusted": "epoch chosen by trusted"}
 
-# %% ../../nbs/repro/results.ipynb #cell-36
+# %% ../../nbs/repro/results.ipynb #cell-37
 def noise_text(row: dict) -> str:
     "The noise of a row of `spread`, such as `symmetric 0.8`."
     kind, rate = row["noise_type"], row["noise"]
@@ -210,20 +227,20 @@ def told_name(row: dict) -> str:
     name = reader_name(row["method"], row["variant"])
     return name if row["oracle"] == "none" else f"{name} (told the {row['oracle']})"
 
-# %% ../../nbs/repro/results.ipynb #cell-38
+# %% ../../nbs/repro/results.ipynb #cell-39
 def _line(row: dict) -> str:
     "One row of `spread` as a line of a Markdown table."
     scores = [cell(row[s], row[f"{s}_sd"], row["n"]) for s in SHOWN]
     return "| " + " | ".join([noise_text(row), told_name(row), *scores, str(row["n"])]) + " |"
 
-# %% ../../nbs/repro/results.ipynb #cell-40
+# %% ../../nbs/repro/results.ipynb #cell-41
 def _place(row: dict) -> tuple:
     "Where a row of `spread` stands in a table: by noise, rate, and the order of `NAMES`."
     names, rate, told = list(NAMES.values()), row["noise"], reader_name(row["method"], row["variant"])
     places = [i for i, name in enumerate(names) if name in (told, told.split(", ")[0])]
     return row["noise_type"], -1 if pd.isna(rate) else rate, (places or [len(names)])[-1], told
 
-# %% ../../nbs/repro/results.ipynb #cell-42
+# %% ../../nbs/repro/results.ipynb #cell-43
 def rows_where(table: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
     """The rows whose columns have these values, as text, or one of several with a bar between them.
 
@@ -234,7 +251,7 @@ def rows_where(table: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
     if len(chosen): return chosen
     raise BadInput(f"no stored run has {where}.")
 
-# %% ../../nbs/repro/results.ipynb #cell-43
+# %% ../../nbs/repro/results.ipynb #cell-44
 def markdown_table(
     table: pd.DataFrame,  # all results
     where: dict[str, str],  # column -> value, as text
@@ -246,7 +263,7 @@ def markdown_table(
     rows = spread(chosen, tuple(SHOWN)).to_dict("records")
     return "\n".join(lines + [_line(r) for r in sorted(rows, key=_place)])
 
-# %% ../../nbs/repro/results.ipynb #cell-46
+# %% ../../nbs/repro/results.ipynb #cell-47
 PAIR = ["dataset", "noise_type", "noise", "noise_hash", "trusted", "train", "preset", "seed"]
 
 def gains(
@@ -265,7 +282,7 @@ def gains(
     pairs["gain"] = pairs[score] - pairs[f"{score} of baseline"]
     return spread(pairs, ("gain",))
 
-# %% ../../nbs/repro/results.ipynb #cell-47
+# %% ../../nbs/repro/results.ipynb #cell-48
 def gains_table(
     table: pd.DataFrame,  # all results
     where: dict[str, str],  # column -> value, as text; `baseline` and `score` as in `gains`
@@ -284,7 +301,7 @@ def gains_table(
     return "\n".join(head + [f"| {name} | " + " | ".join(cells.get(c, "–") for c in columns) + " |"
                              for name, cells in lines.items()])
 
-# %% ../../nbs/repro/results.ipynb #cell-51
+# %% ../../nbs/repro/results.ipynb #cell-52
 def bench_table(
     rows: list[dict],  # each with name, seconds, ratio, detail
 ) -> str:
@@ -293,7 +310,7 @@ def bench_table(
     lines += [f"| {r['name']} | {r['seconds']:.3g} | {r['ratio']:.3g} | {r['detail']} |" for r in rows]
     return "\n".join(lines)
 
-# %% ../../nbs/repro/results.ipynb #cell-53
+# %% ../../nbs/repro/results.ipynb #cell-54
 def fill_blocks(
     text: str,  # of a Markdown page
     table: pd.DataFrame,  # all results
@@ -309,10 +326,10 @@ def fill_blocks(
 
 TABLES = {"results": markdown_table, "gains": gains_table}
 
-# %% ../../nbs/repro/results.ipynb #cell-56
+# %% ../../nbs/repro/results.ipynb #cell-57
 RECORDS = ("run.json", "result.json", "task.json", "metrics.jsonl", "clock.jsonl")
 
-# %% ../../nbs/repro/results.ipynb #cell-57
+# %% ../../nbs/repro/results.ipynb #cell-58
 def keep_record(
     run: Run,  # a finished run
     folder: Path | str,  # of all records, made where it is missing
