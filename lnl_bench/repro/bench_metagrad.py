@@ -69,18 +69,23 @@ def stage_for(
 
 # %% ../../nbs/repro/bench_metagrad.ipynb #cell-8
 def settle(
-    stage: SampledMetaWeight,  # started
-    batch: Batch,
-    steps: int = 200,  # of the gates
+    stage: SampledMetaWeight,  # started; its network and gates learn
+    lab: Lab,
+    batch: Batch,  # of the task's first images
+    steps: int = 60,
 ) -> None:
-    "Let gates learn how many layers are to count; nothing else of the stage changes."
-    first, sampler = TrainingPass(stage.net, batch.images), stage._sampler
-    z = first.value.float().requires_grad_()
-    (slope,) = torch.autograd.grad(F.cross_entropy(z, batch.labels), z)
-    gradients = first.gradients(slope.to(first.value.dtype))
+    "Let gates learn how many layers are to count, on gradients as they come in training."
+    sampler, draw = stage._sampler, torch.Generator().manual_seed(0)
     for _ in range(steps):
-        sampler.choose(gradients)
-        sampler.learn({}, VirtualStep(0.0))
+        part = lab.batch(torch.randperm(len(batch), generator=draw)[:16])
+        first = TrainingPass(stage.net, part.images, lab.amp)
+        z = first.value.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(F.cross_entropy(z, part.labels), z)
+        gradients = first.gradients(slope)
+        for _ in range(4):
+            sampler.choose(gradients)
+            sampler.learn({}, VirtualStep(0.0))
+        lab.step(F.cross_entropy(first.logits, part.labels), stage.optimiser)
 
 # %% ../../nbs/repro/bench_metagrad.ipynb #cell-9
 class Step:
@@ -93,7 +98,7 @@ class Step:
         self.stage.start(self.lab)
         self.stage.net.train()
         self.batch = self.lab.batch(torch.arange(c.batch))
-        if VARIANTS[variant].get("strategy") == "gates": settle(self.stage, self.batch)
+        if VARIANTS[variant].get("strategy") == "gates": settle(self.stage, self.lab, self.batch)
 
     def __call__(self):
         if isinstance(self.stage, TrainOnLabels): self.stage.learn(self.lab, self.batch)

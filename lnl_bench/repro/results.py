@@ -60,7 +60,7 @@ def oracle_of(
 # %% ../../nbs/repro/results.ipynb #cell-14
 def _noise_type(noise: dict) -> str:
     "The kind of a noise, with all that its spec says beyond the nominal rate."
-    if noise["kind"] == "semantic": return noise["spec"]
+    if noise["kind"] in ("semantic", "human"): return noise["spec"]
     return f"open-set:{noise['images_from']['name']}" if noise["kind"] == "open-set" else noise["kind"]
 
 # %% ../../nbs/repro/results.ipynb #cell-16
