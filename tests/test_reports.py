@@ -147,12 +147,50 @@ def test_lambda_comes_apart_in_the_stored_runs(repo):
     assert clean.min() > 0.8 and round(clean.iloc[-1], 2) == 0.91 and round(wrong.iloc[-1], 2) == 0.1
 
 
-def test_meta_gradients_cost_what_the_pages_say(repo):
+@pytest.mark.parametrize("net", ["preact-resnet18", "wrn-28-2"])
+def test_meta_gradients_cost_what_the_pages_say(net, repo):
     rows = json.loads((repo / "reports" / "bench_metagrad.json").read_text())
+    rows = [row for row in rows if row["name"].startswith(net)]
     by_name = {row["name"].partition(": ")[2]: row for row in rows}
     held = {name: row["held_bytes"] / by_name["reverse"]["held_bytes"] for name, row in by_name.items()}
     assert by_name["forward"]["of_reverse"] <= 0.75 and by_name["forward"]["ratio"] <= 4.0
-    assert by_name["difference"]["of_reverse"] <= 0.6 and by_name["difference"]["ratio"] <= 3.2
+    assert by_name["difference"]["of_reverse"] <= 0.6 and by_name["difference"]["ratio"] <= 3.3
     assert held["forward"] <= 0.9 and held["forward, graph rebuilt"] <= 0.65
     assert by_name["forward, graph rebuilt"]["of_reverse"] <= 0.85
-    assert by_name["FaMUS, last 4 layers"]["of_reverse"] <= 0.6
+    for strategy in ("gates", "last 4 layers"): assert by_name[f"FaMUS, {strategy}"]["of_reverse"] <= 0.6
+    assert by_name["forward"]["distance"] < 1e-5 and by_name["difference"]["cosine"] > 0.999
+
+
+def last_of(rows, method, part):
+    "Mean and sd over three seeds of the last accuracy on digits at symmetric 0.4, as a page prints them."
+    rows = rows[(rows["dataset"] == "digits") & (rows["noise_type"] == "symmetric") & (rows["noise"] == 0.4)]
+    rows = rows[(rows["method"] == method) & rows["variant"].str.contains(part, regex=False)]
+    assert sorted(rows["seed"]) == [0, 1, 2], (method, part)
+    return f"{100 * rows['last'].mean():.1f} ± {100 * rows['last'].std():.1f}"
+
+
+VARIANTS = [
+    ("mw-net", "variant=paper", "93.8 ± 0.7"), ("mw-net", "variant=normalised", "97.8 ± 0.4"),
+    ("mlc", "variant=paper", "74.7 ± 4.3"), ("mslc", "variant=released", "97.9 ± 0.6"),
+    ("mlc", "variant=released; coupling", "96.5 ± 1.1"),
+    ("mslc", "variant=paper; coupling", "97.0 ± 0.6"),
+    ("mlnt", "order=second", "97.5 ± 0.4"), ("mlnt", "order=first", "97.9 ± 0.4"),
+    ("famus-mw-net", "strategy=last:4", "96.7 ± 2.7"), ("famus-mw-net", "strategy=gates", "97.4 ± 1.2"),
+    ("famus-mw-net", "strategy=random:4", "97.5 ± 1.3"),
+    ("mlc", "representation=simclr; coupling=coupled", "95.9 ± 0.5"),
+    ("mlc", "representation=simclr; coupling=decoupled", "92.0 ± 1.6"),
+    ("mslc", "representation=simclr; coupling=coupled", "97.7 ± 0.2"),
+    ("mslc", "representation=simclr; coupling=decoupled", "95.1 ± 0.5")]
+
+
+@pytest.mark.parametrize("method, part, printed", VARIANTS)
+def test_variants_end_where_the_page_says(method, part, printed, results, repo):
+    text = (repo / "reports" / "meta-learning.md").read_text().partition("### Variants")[2]
+    assert last_of(results, method, part) == printed and printed in text
+
+
+def test_equal_time_is_from_stored_runs(repo):
+    rows = pd.read_csv(repo / "reports" / "equal_time.csv")
+    kept = [result_row(Run(p.parent)) for p in (repo / "reports" / "equal_time").glob("*/result.json")]
+    assert sorted((r[KEY], r["last"]) for r in kept) == sorted(zip(rows[KEY], rows["last"], strict=True))
+    for epochs in (12, 18): assert last_of(rows[rows["epochs"] == epochs], "mw-net", "") == "97.7 ± 0.8"
