@@ -26,7 +26,7 @@ from .engine.train import train as train_method
 from .methods.catalogue import configured, methods_table
 from .repro.bench import BENCHES, run_bench
 from .repro.experiment import Parameters, Where, make_source, page_folder, read_parameters, task_on
-from .repro.results import fill_blocks, finished_runs, keep_record, merge_results, result_row
+from .repro.results import KEY, fill_blocks, finished_runs, keep_record, merge_results, result_row
 from .watch import watch_run
 
 # %% ../nbs/cli.ipynb #cell-5
@@ -266,6 +266,12 @@ def bench(
     show_rows(run_bench(name, pairs(given, "--set")), as_json)
 
 # %% ../nbs/cli.ipynb #cell-50
+def _site(out: str, records: str, site: str) -> list[Path]:
+    "Write the leaderboards; plotly is imported only here, since merging results needs none."
+    from lnl_bench.repro.leaderboard import write_site
+    return write_site(out, records, site)
+
+# %% ../nbs/cli.ipynb #cell-51
 @app.command()
 def report(
     runs_dir: RunsDir = "runs",
@@ -274,20 +280,25 @@ def report(
     records: Annotated[str, typer.Option(help="Folder that each run's small files are copied to.")] = "",
     pages: Annotated[list[str], typer.Option(
         "--page", help="Markdown file whose marked tables are filled; may be repeated.")] = [],  # noqa: B006
+    site: Annotated[str, typer.Option(
+        help="Folder for leaderboard.md and compute.html, with links to the runs' records.")] = "",
     as_json: Json = False,
 ):
-    "Merge all finished runs of a folder into one table, and fill the tables of Markdown pages from it."
+    "Merge all finished runs of a folder into one table, and write pages and leaderboards from it."
     runs = finished_runs(runs_dir)
     rows = [result_row(r) for r in runs]
     if not rows: raise BadInput(f"{runs_dir} holds no finished run.")
     table = merge_results(out, rows)
     say(f"{len(rows)} runs merged; {out} has {len(table)} rows.")
-    for run in runs if records else (): keep_record(run, records)
+    current = set(zip(table[KEY], table["started"], strict=True))  # others were measured again, later
+    for run, row in zip(runs, rows, strict=True) if records else ():
+        if (row[KEY], row["started"]) in current: keep_record(run, records)
     for page in map(Path, pages):
         write_atomic(page, fill_blocks(page.read_text(), table, page.parent).encode())
+    for path in _site(out, records or runs_dir, site) if site else (): say(f"written: {path}")
     if as_json: print(json.dumps(rows))
 
-# %% ../nbs/cli.ipynb #cell-53
+# %% ../nbs/cli.ipynb #cell-54
 def interrupted(
     command: str = "",  # the first word after `lnl`
 ) -> str:
@@ -295,7 +306,7 @@ def interrupted(
     goes_on = command in ("train", "purify", "repro")
     return "lnl: interrupted" + ("; the same command goes on from the last epoch." if goes_on else ".")
 
-# %% ../nbs/cli.ipynb #cell-55
+# %% ../nbs/cli.ipynb #cell-56
 def main() -> None:
     "Run the command line: bad input is one line on standard error and exit status 2."
     try: app(joined(sys.argv[1:]))
