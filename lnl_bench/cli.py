@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'DataDir', 'Set', 'Preset', 'Seed', 'RunsDir', 'say', 'as_text', 'show_rows', 'joined', 'pairs',
-           'methods', 'data', 'outcome', 'report_run', 'train', 'purify', 'notebook_folder', 'find_notebook', 'page_of',
-           'output_path', 'repro', 'watch', 'bench', 'report', 'interrupted', 'main']
+           'methods', 'data', 'cells', 'outcome', 'report_run', 'train', 'purify', 'notebook_folder', 'find_notebook',
+           'page_of', 'output_path', 'repro', 'watch', 'bench', 'report', 'interrupted', 'main']
 
 # %% ../nbs/cli.ipynb #cell-2
 import json
@@ -25,6 +25,7 @@ from .engine.runs import Run, write_atomic
 from .engine.train import train as train_method
 from .methods.catalogue import configured, methods_table
 from .repro.bench import BENCHES, run_bench
+from .repro.cells import registry, sum_text, table_summary
 from .repro.experiment import Parameters, Where, make_source, page_folder, read_parameters, task_on
 from .repro.results import KEY, fill_blocks, finished_runs, keep_record, merge_results, result_row
 from .watch import watch_run
@@ -95,27 +96,42 @@ def data(data_dir: DataDir = "data", as_json: Json = False):
     show_rows(known_sources(data_dir), as_json)
 
 # %% ../nbs/cli.ipynb #cell-22
+@app.command()
+def cells(
+    paper: Annotated[str, typer.Option(help="dmlp, ieg, mlnt, cpc or famus; all if left out.")] = "",
+    results: Annotated[str, typer.Option(
+        help="Table of measured runs, with their records in the folder runs beside it; by default "
+             "reports/results.csv where there is one.")] = "",
+    as_json: Json = False,
+):
+    "List the papers' printed numbers: the command that reproduces each, or why none does; what was measured."
+    usual = "reports/results.csv"
+    found = registry(paper or None, results or (usual if Path(usual).is_file() else None))
+    show_rows(found if as_json else table_summary(found).to_dict("records"), as_json)
+    if not as_json: print("\n" + sum_text(found))
+
+# %% ../nbs/cli.ipynb #cell-25
 def outcome(run: Run) -> dict:
     "What `train` and `purify` report of a run; None where a number does not apply."
     result = run.result if run.finished else {}
     keys = ("best", "last", "last10", "label_accuracy_before", "label_accuracy_after", "seconds")
     return {"run": str(run.path), "method": run.about["method"], **{k: result.get(k) for k in keys}}
 
-# %% ../nbs/cli.ipynb #cell-23
+# %% ../nbs/cli.ipynb #cell-26
 def report_run(run: Run, as_json: bool) -> None:
     "Print a run's outcome; a run that was stopped is said to be so, and how to go on."
     if not run.finished: say(f"{run.path} was {run.status()['state']}; the same command goes on with it.")
     if as_json: return print(json.dumps(outcome(run)))
     for name, value in outcome(run).items(): print(f"{name:22} {as_text(value)}")
 
-# %% ../nbs/cli.ipynb #cell-25
+# %% ../nbs/cli.ipynb #cell-28
 Set = Annotated[list[str], typer.Option(
     "--set", help="A setting of the method, as NAME=VALUE; may be repeated.")]
 Preset = Annotated[str, typer.Option(help="Schedule: smoke, laptop, gpu or paper.")]
 Seed = Annotated[int, typer.Option(help="Seed of noise, split and training.")]
 RunsDir = Annotated[str, typer.Option(help="Where runs are written.")]
 
-# %% ../nbs/cli.ipynb #cell-26
+# %% ../nbs/cli.ipynb #cell-29
 @app.command()
 def train(
     method: Annotated[str, typer.Argument(help="A name of `lnl methods`.")],
@@ -145,13 +161,13 @@ def train(
     where = {"runs_dir": runs_dir, "run_dir": run_dir or None, "device": device, "precision": precision}
     report_run(train_method(chosen, task, preset=preset, seed=seed, **where), as_json)
 
-# %% ../nbs/cli.ipynb #cell-29
+# %% ../nbs/cli.ipynb #cell-32
 def _own_source(images: str, labels: str, size: int):
     "A person's own images: named by a CSV file where one is given, otherwise by sub-folders."
     if labels: return csv_images(labels, root=images, size=size or None)
     return image_folder(images, size=size or None)
 
-# %% ../nbs/cli.ipynb #cell-31
+# %% ../nbs/cli.ipynb #cell-34
 @app.command()
 def purify(
     method: Annotated[str, typer.Argument(help="A purifier of `lnl methods`.")],
@@ -179,13 +195,13 @@ def purify(
     if run.finished: write_atomic(Path(out), (run.path / "labels.csv").read_bytes())
     report_run(run, as_json)
 
-# %% ../nbs/cli.ipynb #cell-34
+# %% ../nbs/cli.ipynb #cell-37
 def notebook_folder() -> Path:
     "Where the reproduction notebooks are: beside an installed package, or in the source tree."
     package = Path(lnl_bench.__file__).parent
     return package / "notebooks" if (package / "notebooks").is_dir() else package.parent / "nbs" / "repro"
 
-# %% ../nbs/cli.ipynb #cell-35
+# %% ../nbs/cli.ipynb #cell-38
 def find_notebook(
     name: str,  # with or without `repro_` and `.ipynb`
 ) -> Path:
@@ -193,12 +209,12 @@ def find_notebook(
     known = {p.stem.removeprefix("repro_"): p for p in sorted(notebook_folder().glob("repro_*.ipynb"))}
     return known[one_of("notebook", name.removeprefix("repro_").removesuffix(".ipynb"), known)]
 
-# %% ../nbs/cli.ipynb #cell-37
+# %% ../nbs/cli.ipynb #cell-40
 def page_of(notebook: Path) -> str:
     "The name of a reproduction notebook without `repro_`."
     return notebook.stem.removeprefix("repro_")
 
-# %% ../nbs/cli.ipynb #cell-38
+# %% ../nbs/cli.ipynb #cell-41
 def output_path(
     notebook: Path,  # the source notebook
     parameters: Parameters,  # what it is run with
@@ -211,7 +227,7 @@ def output_path(
     folder.mkdir(parents=True, exist_ok=True)
     return folder / notebook.name
 
-# %% ../nbs/cli.ipynb #cell-40
+# %% ../nbs/cli.ipynb #cell-43
 def _execute(notebook: Path, path: Path, values: dict) -> None:
     "Run a notebook through papermill; where a cell fails, say what and where, and exit with status 1."
     import papermill
@@ -221,7 +237,7 @@ def _execute(notebook: Path, path: Path, values: dict) -> None:
         say(f"{e.ename}: {e.evalue}\nThe notebook as far as it came: {path}")
         raise typer.Exit(1) from None
 
-# %% ../nbs/cli.ipynb #cell-41
+# %% ../nbs/cli.ipynb #cell-44
 @app.command()
 def repro(
     name: Annotated[str, typer.Argument(help="Which page: dmlp, ...")],
@@ -242,7 +258,7 @@ def repro(
     print("\nIn percent. labels: training labels that are right; test: accuracy on images no method saw.")
     print(f"\nexecuted notebook: {path}")
 
-# %% ../nbs/cli.ipynb #cell-45
+# %% ../nbs/cli.ipynb #cell-48
 @app.command()
 def watch(
     run: Annotated[str, typer.Argument(help="A run directory, going on or finished.")],
@@ -252,7 +268,7 @@ def watch(
     "Open the views of a run in JupyterLab; ending this command does not end the run."
     watch_run(Path(run), port, "open" if browser else "none")
 
-# %% ../nbs/cli.ipynb #cell-48
+# %% ../nbs/cli.ipynb #cell-51
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help=", ".join(BENCHES))],
@@ -265,13 +281,13 @@ def bench(
     given = [*settings, f"method={method}"] if method else settings
     show_rows(run_bench(name, pairs(given, "--set")), as_json)
 
-# %% ../nbs/cli.ipynb #cell-50
+# %% ../nbs/cli.ipynb #cell-53
 def _site(out: str, records: str, site: str) -> list[Path]:
     "Write the leaderboards; plotly is imported only here, since merging results needs none."
     from lnl_bench.repro.leaderboard import write_site
     return write_site(out, records, site)
 
-# %% ../nbs/cli.ipynb #cell-51
+# %% ../nbs/cli.ipynb #cell-54
 @app.command()
 def report(
     runs_dir: RunsDir = "runs",
@@ -298,7 +314,7 @@ def report(
     for path in _site(out, records or runs_dir, site) if site else (): say(f"written: {path}")
     if as_json: print(json.dumps(rows))
 
-# %% ../nbs/cli.ipynb #cell-54
+# %% ../nbs/cli.ipynb #cell-57
 def interrupted(
     command: str = "",  # the first word after `lnl`
 ) -> str:
@@ -306,7 +322,7 @@ def interrupted(
     goes_on = command in ("train", "purify", "repro")
     return "lnl: interrupted" + ("; the same command goes on from the last epoch." if goes_on else ".")
 
-# %% ../nbs/cli.ipynb #cell-56
+# %% ../nbs/cli.ipynb #cell-59
 def main() -> None:
     "Run the command line: bad input is one line on standard error and exit status 2."
     try: app(joined(sys.argv[1:]))
