@@ -16,7 +16,7 @@ from scipy import stats
 from test_bad_input import files_below, lnl, refused
 
 from lnl_bench.data.checks import BadInput
-from lnl_bench.engine.runs import Run
+from lnl_bench.engine.runs import Run, open_run
 from lnl_bench.repro import leaderboard as L
 from lnl_bench.repro import results as R
 from lnl_bench.repro.statistics import paired
@@ -275,6 +275,18 @@ def test_the_command_writes_the_site_again_and_again(small, tmp_path):
     assert "(../runs/digits-uneven-" in (tmp_path / "out" / "leaderboard.md").read_text()
     lnl("report", "--runs-dir", "runs", "--out", "out/results.csv", "--site", "out", cwd=tmp_path)
     assert digests(tmp_path / "out") == once
+
+
+def test_runs_that_are_not_finished_are_passed_over(small, tmp_path):
+    shutil.copytree(small / "runs", tmp_path / "runs")
+    stopped = open_run(tmp_path / "runs" / "stopped", {"method": "mixup", "seed": 0})
+    stopped.set_status("stopped")
+    first = next((tmp_path / "runs").glob("digits-uneven-*"))
+    (first / "result.json").unlink()
+    done = lnl("report", "--runs-dir", "runs", "--out", "results.csv", "--site", ".", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "leaderboard.md").read_text()
+    assert text.count("/run.json)") == 23 and first.name not in text
 
 
 def test_the_site_needs_no_network(small, tmp_path):

@@ -75,8 +75,10 @@ def sections(
 
 
 def section_name(key: dict) -> str:
-    "The heading of a list."
-    return f"{key['dataset']}, {noise_text(key)}, {key['trusted']} trusted images, preset {key['preset']}"
+    "The heading of a list; a split is named where it is not the usual one, as many images of each class."
+    usual = key["split"] in ("", "balanced")
+    return (f"{key['dataset']}, {noise_text(key)}, {key['trusted']} trusted images, preset {key['preset']}"
+            + ("" if usual else f", {key['split']} split"))
 
 # %% ../../nbs/repro/leaderboard.ipynb #cell-13
 PROTOCOLS = {"last": "last", "best": "test best", "last10": "mean of last 10",
