@@ -13,6 +13,7 @@ import torch
 import typer
 
 from lnl_bench.cli import app, pairs
+from lnl_bench.data.augment import VIEWS
 from lnl_bench.data.checks import BadInput, build, parse
 from lnl_bench.data.noise import parse_spec
 from lnl_bench.data.sources import from_arrays, known_sources
@@ -20,6 +21,7 @@ from lnl_bench.data.task import long_tailed, make_task
 from lnl_bench.engine.contract import REGISTRY, parse_settings
 from lnl_bench.engine.nets import net_names
 from lnl_bench.methods.catalogue import configured
+from lnl_bench.methods.cross_entropy import schedule_parts
 from lnl_bench.repro import cells as page
 from lnl_bench.repro.bench import BENCHES
 from lnl_bench.repro.bench_metagrad import MetagradBench
@@ -177,6 +179,10 @@ def test_commands_are_accepted_up_to_the_training(method):
         chosen = configured(method, task, "paper", changes)
         chosen.check(task)
         assert chosen.stages()
+        for setting, value in changes.items():
+            last = setting.rpartition(".")[2]
+            if last in ("view", "policy"): assert value in VIEWS
+            if last == "schedule": schedule_parts(value)
         for part in [m.describe() for m in getattr(chosen, "methods", (chosen,))]:
             assert {part.get("net", "cnn9"), part.get("feature_net", "cnn9")} <= set(net_names())
 
