@@ -266,8 +266,8 @@ def sweep(
     done = sweep_pages(page, values, pairs(parameter, "-p"), jobs)
     say(swept(done, values))
     if as_json: print(json.dumps(done))
-    else: print(done["results"] or "")
-    if any(found["state"] == "failed" for found in done["jobs"]): raise typer.Exit(1)
+    elif done["results"]: print(done["results"])
+    if done["error"] or any(found["state"] == "failed" for found in done["jobs"]): raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #cell-49
 @app.command()

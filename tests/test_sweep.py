@@ -252,7 +252,7 @@ def test_jobs_end_with_the_sweep_and_go_on_with_the_next(how, tiny, tmp_path):
     if how != "Ctrl-C": return
     had = epochs()
     status, _, error = run(tiny, *command, cwd=tmp_path)
-    assert status == 0 and "1 jobs: 1 done (0 of them before)" in error and stopped.finished, error[-3000:]
+    assert status == 0 and "1 job: 1 done (0 of them before)" in error and stopped.finished, error[-3000:]
     assert 2 <= had < 30 == len(stopped.clock.read()[0]) == epochs()
 
 

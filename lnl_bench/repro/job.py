@@ -22,7 +22,7 @@ from pathlib import Path
 
 import filelock
 
-from ..data.checks import BadInput, fingerprint
+from ..data.checks import BadInput, fingerprint, one_of
 from ..engine.runs import now, read_json, write_json
 
 # %% ../../nbs/repro/job.ipynb #cell-5
@@ -70,6 +70,7 @@ def outcome(
     seconds: float | None = None,  # that it took
 ) -> dict:
     "How a job ended, as plain values."
+    one_of("state", state, STATES)
     who = {"pid": os.getpid(), "host": socket.gethostname(), "ended": now(), "seconds": seconds}
     files = {"notebook": job.output, "log": str(job.folder / "log.txt")}
     what = {"page": job.page, "parameters": job.parameters, "code": job.code, "fingerprint": job.fingerprint}

@@ -268,9 +268,15 @@ class Local:
 
     def note(self, job: Job, found: dict) -> None:
         "A job has ended, or was another process's all the time and goes back to those that wait."
-        if found["state"] not in ("done", "failed"): return self.waiting.append(job)
+        if found["state"] == "busy": return self.waiting.append(job)
+        if found["state"] == "interrupted": found = found | {"state": "failed", "error": "interrupted"}
         self.outcomes[job.fingerprint] = found
         self.tally.ended(found)
+
+    def begin(self, job: Job) -> None:
+        "Start a job; on a full disk not even its log can be opened."
+        try: self.running.append(Process(job, self.threads))
+        except OSError as e: self.note(job, outcome(job, "failed", f"{type(e).__name__}: {e}"))
 
     def elsewhere(self, job: Job) -> dict | None:
         "How a job ended that another process has carried out meanwhile; None if there is none."
@@ -285,9 +291,8 @@ def _fill(self: Local) -> None:
         if len(self.running) >= self.at_once: return
         if owner_of(job): continue
         self.waiting.remove(job)
-        found = self.elsewhere(job)
-        if found: self.note(job, found)
-        else: self.running.append(Process(job, self.threads))
+        if found := self.elsewhere(job): self.note(job, found)
+        else: self.begin(job)
 
 Local.fill = _fill
 
@@ -368,9 +373,10 @@ def sweep(
 ) -> dict:
     """Run a page for every combination of a grid, and collect the results.
 
-    Returns the outcomes of all jobs, how many of them were done before, and the results file. Raises
-    `BadInput` before anything runs for parameters that the page does not take, or a store that cannot be
-    written; `KeyboardInterrupt` once all jobs have stopped, and the same call goes on with them."""
+    Returns the outcomes of all jobs, how many of them were done before, the results file, and the error where
+    that could not be written. Raises `BadInput` before anything runs for parameters that the page does not
+    take, or a store that cannot be written; `KeyboardInterrupt` once all jobs have stopped, and the same call
+    goes on with them."""
     in_range("jobs", at_once, low=1)
     jobs = plan(notebook, grid, fixed or {})
     store = jobs[0].parameters["runs_dir"]
@@ -378,9 +384,12 @@ def sweep(
     old = {job.fingerprint: record_of(job) for job in jobs if is_done(job)}
     new = Local([job for job in jobs if job.fingerprint not in old], at_once, out, len(old)).run()
     ended = old | {found["fingerprint"]: found for found in new}
-    table = collect(store)
-    results = None if table is None else str(Path(store) / "results.csv")
-    return {"jobs": [ended[job.fingerprint] for job in jobs], "before": len(old), "results": results}
+    results, error = None, ""
+    try:
+        if collect(store) is not None: results = str(Path(store) / "results.csv")
+    except (BadInput, OSError) as e: error = str(e)  # the disk is full: the outcomes are told all the same
+    jobs = [ended[job.fingerprint] for job in jobs]
+    return {"jobs": jobs, "before": len(old), "results": results, "error": error}
 
 # %% ../../nbs/repro/sweep.ipynb #cell-45
 def swept(
@@ -390,9 +399,9 @@ def swept(
     "What a person is told: how many jobs are done, which failed and where to look, the results file."
     total, failed = len(done["jobs"]), [found for found in done["jobs"] if found["state"] == "failed"]
     done_now = f"{total - len(failed)} done ({done['before']} of them before)"
-    lines = [f"{total} jobs: {done_now}, {len(failed)} failed."]
+    lines = [f"{total} {'job' if total == 1 else 'jobs'}: {done_now}, {len(failed)} failed."]
     for found in failed:
         told = " ".join(f"{name}={found['parameters'][name]}" for name in grid) or found["page"]
         where = (f"  log: {found['log']}", f"  page: {found['notebook']}")
         lines += [f"failed: {told}: {found['error']}", *where]
-    return "\n".join([*lines, f"results: {done['results'] or 'none, no run has finished'}"])
+    return "\n".join([*lines, f"results: {done['results'] or done['error'] or 'none, no run has finished'}"])
