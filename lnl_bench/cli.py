@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'DataDir', 'Set', 'Preset', 'Seed', 'RunsDir', 'say', 'as_text', 'show_rows', 'joined', 'pairs',
            'methods', 'data', 'cells', 'outcome', 'report_run', 'train', 'purify', 'notebook_folder', 'find_notebook',
-           'page_of', 'output_path', 'repro', 'watch', 'bench', 'report', 'interrupted', 'main']
+           'output_path', 'repro', 'any_notebook', 'sweep', 'watch', 'bench', 'report', 'interrupted', 'main']
 
 # %% ../nbs/cli.ipynb #cell-2
 import json
@@ -27,7 +27,10 @@ from .methods.catalogue import configured, methods_table
 from .repro.bench import BENCHES, run_bench
 from .repro.cells import registry, sum_text, table_summary
 from .repro.experiment import Parameters, Where, make_source, page_folder, read_parameters, task_on
+from .repro.job import page_of
 from .repro.results import KEY, fill_blocks, finished_runs, keep_record, merge_results, result_row
+from .repro.sweep import page_parameters, swept
+from .repro.sweep import sweep as sweep_pages
 from .watch import watch_run
 
 # %% ../nbs/cli.ipynb #cell-5
@@ -210,11 +213,6 @@ def find_notebook(
     return known[one_of("notebook", name.removeprefix("repro_").removesuffix(".ipynb"), known)]
 
 # %% ../nbs/cli.ipynb #cell-40
-def page_of(notebook: Path) -> str:
-    "The name of a reproduction notebook without `repro_`."
-    return notebook.stem.removeprefix("repro_")
-
-# %% ../nbs/cli.ipynb #cell-41
 def output_path(
     notebook: Path,  # the source notebook
     parameters: Parameters,  # what it is run with
@@ -227,7 +225,7 @@ def output_path(
     folder.mkdir(parents=True, exist_ok=True)
     return folder / notebook.name
 
-# %% ../nbs/cli.ipynb #cell-43
+# %% ../nbs/cli.ipynb #cell-42
 def _execute(notebook: Path, path: Path, values: dict) -> None:
     "Run a notebook through papermill; where a cell fails, say what and where, and exit with status 1."
     import papermill
@@ -237,7 +235,7 @@ def _execute(notebook: Path, path: Path, values: dict) -> None:
         say(f"{e.ename}: {e.evalue}\nThe notebook as far as it came: {path}")
         raise typer.Exit(1) from None
 
-# %% ../nbs/cli.ipynb #cell-44
+# %% ../nbs/cli.ipynb #cell-43
 @app.command()
 def repro(
     name: Annotated[str, typer.Argument(help="Which page: dmlp, ...")],
@@ -248,8 +246,9 @@ def repro(
 ):
     "Run a reproduction notebook through papermill; prints where it went and its table."
     notebook = find_notebook(name)
-    values = parse(Parameters, pairs(parameter, "-p"))
-    chosen = read_parameters(values, page_of(notebook))
+    kind = page_parameters(notebook)
+    values = parse(kind, pairs(parameter, "-p"))
+    chosen = read_parameters(values, page_of(notebook), kind)
     path = output_path(notebook, chosen, out_dir)
     say(f"running {notebook.name} -> {path}")
     _execute(notebook, path, values)
@@ -258,7 +257,35 @@ def repro(
     print("\nIn percent. labels: training labels that are right; test: accuracy on images no method saw.")
     print(f"\nexecuted notebook: {path}")
 
-# %% ../nbs/cli.ipynb #cell-48
+# %% ../nbs/cli.ipynb #cell-47
+def any_notebook(
+    name: str,  # as for `find_notebook`, or a path
+) -> Path:
+    "A reproduction notebook by name, or any notebook by path; raises `BadInput` where there is none."
+    if Path(name).is_file(): return Path(name)
+    if len(Path(name).parts) > 1: raise BadInput(f"notebook {name} does not exist.")
+    return find_notebook(name)
+
+# %% ../nbs/cli.ipynb #cell-49
+@app.command()
+def sweep(
+    notebook: Annotated[str, typer.Argument(help="Which page: dmlp, ..., or the path of a notebook.")],
+    grid: Annotated[list[str], typer.Option(
+        "--grid", help="NAME=VALUE,VALUE,...: a parameter that varies; may be repeated.")] = [],  # noqa: B006
+    parameter: Annotated[list[str], typer.Option(
+        "--parameter", "-p", help="NAME VALUE, the same for all; may be repeated.")] = [],  # noqa: B006
+    jobs: Annotated[int, typer.Option("--jobs", help="How many run at the same time.")] = 1,
+    as_json: Json = False,
+):
+    "Run a page for every combination of a grid; what is done already is not done again."
+    page, values = any_notebook(notebook), pairs(grid, "--grid")
+    done = sweep_pages(page, values, pairs(parameter, "-p"), jobs)
+    say(swept(done, values))
+    if as_json: print(json.dumps(done))
+    elif done["results"]: print(done["results"])
+    if done["error"] or any(found["state"] == "failed" for found in done["jobs"]): raise typer.Exit(1)
+
+# %% ../nbs/cli.ipynb #cell-52
 @app.command()
 def watch(
     run: Annotated[str, typer.Argument(help="A run directory, going on or finished.")],
@@ -268,7 +295,7 @@ def watch(
     "Open the views of a run in JupyterLab; ending this command does not end the run."
     watch_run(Path(run), port, "open" if browser else "none")
 
-# %% ../nbs/cli.ipynb #cell-51
+# %% ../nbs/cli.ipynb #cell-55
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help=", ".join(BENCHES))],
@@ -281,13 +308,13 @@ def bench(
     given = [*settings, f"method={method}"] if method else settings
     show_rows(run_bench(name, pairs(given, "--set")), as_json)
 
-# %% ../nbs/cli.ipynb #cell-53
+# %% ../nbs/cli.ipynb #cell-57
 def _site(out: str, records: str, site: str) -> list[Path]:
     "Write the leaderboards; plotly is imported only here, since merging results needs none."
     from lnl_bench.repro.leaderboard import write_site
     return write_site(out, records, site)
 
-# %% ../nbs/cli.ipynb #cell-54
+# %% ../nbs/cli.ipynb #cell-58
 @app.command()
 def report(
     runs_dir: RunsDir = "runs",
@@ -314,21 +341,23 @@ def report(
     for path in _site(out, records or runs_dir, site) if site else (): say(f"written: {path}")
     if as_json: print(json.dumps(rows))
 
-# %% ../nbs/cli.ipynb #cell-57
+# %% ../nbs/cli.ipynb #cell-61
 def interrupted(
     command: str = "",  # the first word after `lnl`
 ) -> str:
     "What is said when a person interrupts a command."
+    if command == "sweep": return "lnl: interrupted; the same command goes on with what is not done."
     goes_on = command in ("train", "purify", "repro")
     return "lnl: interrupted" + ("; the same command goes on from the last epoch." if goes_on else ".")
 
-# %% ../nbs/cli.ipynb #cell-59
+# %% ../nbs/cli.ipynb #cell-63
 def main() -> None:
     "Run the command line: bad input is one line on standard error and exit status 2."
     try: app(joined(sys.argv[1:]))
     except BadInput as e:
         say(f"lnl: {e}")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as e:
+        if isinstance(e, SystemExit) and e.code != 130: raise  # typer exits with 130 when it is interrupted
         say(interrupted(*sys.argv[1:2]))
         sys.exit(130)

@@ -19,6 +19,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import filelock
 import numpy as np
 
 from ..data.checks import BadInput, one_of
@@ -145,12 +146,14 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 def _new_run(run: Run, identity: dict, about: dict) -> Run:
     "Lay out the directory of a run that does not exist yet; `BadInput` where something else lies there."
     path = run.path
-    if path.exists() and any(path.iterdir()):
+    path.mkdir(parents=True, exist_ok=True)
+    there = [p for p in path.iterdir() if not p.name.startswith(".")]
+    if there and not (path / "run.json").exists():
         raise BadInput(f"run directory {path} holds other files and no run.json; "
                        "accepted: an empty or new directory, or a run's.")
-    (path / "snapshots").mkdir(parents=True, exist_ok=True)
     told = {"format": FORMAT, "started": now(), **identity, **about, "identity": sorted(identity)}
-    write_json(path / "run.json", told)
+    with filelock.FileLock(path / ".begin"):  # two processes may begin the same run at once
+        if not (path / "run.json").exists(): write_json(path / "run.json", told)
     return run
 
 # %% ../../nbs/engine/runs.ipynb #cell-26
@@ -164,8 +167,9 @@ def open_run(
     Raises `BadInput` where it is a file, holds something else, or belongs to another configuration."""
     run, path = Run(path), Path(path)
     if path.exists() and not path.is_dir(): raise BadInput(f"run directory {path} is a file.")
-    if not (path / "run.json").exists(): return _new_run(run, identity, about or {})
+    if not (path / "run.json").exists(): _new_run(run, identity, about or {})
     check_format(run)
+    (path / "snapshots").mkdir(exist_ok=True)  # a process may have been killed between the two
     before = {k: run.about.get(k) for k in run.about["identity"]}
     changed = "; ".join(_differences(before, json.loads(json.dumps(identity)))[:5])
     if not changed: return run
@@ -181,7 +185,7 @@ def check_format(run: Run) -> None:
     if found == FORMAT: return
     raise BadInput(f"{path} has run format {found!r}; this version reads format {FORMAT}.")
 
-# %% ../../nbs/engine/runs.ipynb #cell-30
+# %% ../../nbs/engine/runs.ipynb #cell-32
 def _set_status(self: Run, state: str, **more) -> None:
     "Replace the status; `state` is one of `STATES`."
     one_of("state", state, STATES)
@@ -190,7 +194,7 @@ def _set_status(self: Run, state: str, **more) -> None:
 
 Run.set_status = _set_status
 
-# %% ../../nbs/engine/runs.ipynb #cell-31
+# %% ../../nbs/engine/runs.ipynb #cell-33
 def _status(self: Run) -> dict:
     "The last status; a run that says it is running while its process is gone is reported as `killed`."
     path = self.path / "status.json"
@@ -201,7 +205,7 @@ def _status(self: Run) -> dict:
 
 Run.status = _status
 
-# %% ../../nbs/engine/runs.ipynb #cell-33
+# %% ../../nbs/engine/runs.ipynb #cell-35
 def _request(self: Run, what: str) -> None:
     "Ask the trainer to `run` (go on), `pause` or `stop`; any process may ask."
     one_of("request", what, REQUESTS)
@@ -209,7 +213,7 @@ def _request(self: Run, what: str) -> None:
 
 Run.request = _request
 
-# %% ../../nbs/engine/runs.ipynb #cell-34
+# %% ../../nbs/engine/runs.ipynb #cell-36
 def _requested(self: Run) -> str:
     "The standing request, `run` where nobody asked for anything."
     try: return json.loads((self.path / "control.json").read_bytes())["request"]
@@ -217,7 +221,7 @@ def _requested(self: Run) -> str:
 
 Run.requested = _requested
 
-# %% ../../nbs/engine/runs.ipynb #cell-37
+# %% ../../nbs/engine/runs.ipynb #cell-39
 def save_arrays(
     path: Path,  # file to create or replace
     arrays: dict[str, np.ndarray],  # name -> array of numbers or text, of any shape
@@ -230,7 +234,7 @@ def save_arrays(
     np.savez(buffer, **arrays)
     write_atomic(path, buffer.getvalue(), sync)
 
-# %% ../../nbs/engine/runs.ipynb #cell-38
+# %% ../../nbs/engine/runs.ipynb #cell-40
 def load_arrays(
     path: Path,  # an `.npz` file
 ) -> dict[str, np.ndarray]:
@@ -240,14 +244,14 @@ def load_arrays(
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise BadInput(f"{path} holds no readable arrays: {e}") from None
 
-# %% ../../nbs/engine/runs.ipynb #cell-40
+# %% ../../nbs/engine/runs.ipynb #cell-42
 def _save_snapshot(self: Run, stage: str, epoch: int, arrays: dict) -> None:
     "Keep per-sample arrays, each with n rows in training order, of one epoch."
     save_arrays(self.path / "snapshots" / f"{stage}-{epoch:04d}.npz", arrays)
 
 Run.save_snapshot = _save_snapshot
 
-# %% ../../nbs/engine/runs.ipynb #cell-41
+# %% ../../nbs/engine/runs.ipynb #cell-43
 def _snapshots(self: Run) -> list[tuple[str, int, Path]]:
     "All snapshots as (stage, epoch, file), in the order in which the stages ran, each by epoch."
     found = []
@@ -258,14 +262,14 @@ def _snapshots(self: Run) -> list[tuple[str, int, Path]]:
 
 Run.snapshots = _snapshots
 
-# %% ../../nbs/engine/runs.ipynb #cell-43
+# %% ../../nbs/engine/runs.ipynb #cell-45
 def _samples(self: Run) -> dict[str, np.ndarray]:
     "The fixed per-sample arrays: index, given and, where known, true labels, in training order."
     return load_arrays(self.path / "samples.npz")
 
 Run.samples = _samples
 
-# %% ../../nbs/engine/runs.ipynb #cell-46
+# %% ../../nbs/engine/runs.ipynb #cell-48
 def _save_live(self: Run, stage: str, epoch: int, arrays: dict) -> None:
     "Replace the live state: per-sample arrays of a stage within an epoch."
     where = {"live.stage": np.array(stage), "live.epoch": np.array(epoch)}
@@ -273,7 +277,7 @@ def _save_live(self: Run, stage: str, epoch: int, arrays: dict) -> None:
 
 Run.save_live = _save_live
 
-# %% ../../nbs/engine/runs.ipynb #cell-47
+# %% ../../nbs/engine/runs.ipynb #cell-49
 def _live(self: Run) -> tuple[str, int, dict[str, np.ndarray]] | None:
     "Stage, epoch and arrays of the live state; None where there is none."
     path = self.path / "live.npz"
@@ -283,7 +287,7 @@ def _live(self: Run) -> tuple[str, int, dict[str, np.ndarray]] | None:
 
 Run.live = _live
 
-# %% ../../nbs/engine/runs.ipynb #cell-50
+# %% ../../nbs/engine/runs.ipynb #cell-52
 def keeps_snapshot(
     epoch: int,  # counted from 0
     epochs: int,  # how many the stage has
@@ -294,7 +298,7 @@ def keeps_snapshot(
     while kept < epoch: kept += max(1, round(0.05 * kept))
     return kept == epoch
 
-# %% ../../nbs/engine/runs.ipynb #cell-53
+# %% ../../nbs/engine/runs.ipynb #cell-55
 def _series(self: Run, name: str, stage: str | None = None) -> list[float]:
     "The values of one metric over the epochs where it was recorded, of one stage or of all."
     rows = self.metrics.read()[0]

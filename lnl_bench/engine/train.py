@@ -25,7 +25,7 @@ import torch
 
 import lnl_bench
 from ..data.augment import make_view
-from ..data.checks import BadInput, fingerprint, seed_for
+from ..data.checks import BadInput, fingerprint, one_of, seed_for
 from ..data.task import truth_of
 from . import metrics
 from .contract import Method, Stage, load_stage_state, stage_state
@@ -343,14 +343,25 @@ def run_name(
     name = "-".join((*what, f"s{identity['seed']}", fingerprint(identity)[:8]))
     return re.sub(r"[^A-Za-z0-9._=-]+", "_", name)
 
-# %% ../../nbs/engine/train.ipynb #cell-54
-def _train_alone(trainer: Trainer) -> None:
+# %% ../../nbs/engine/train.ipynb #cell-55
+def _held(run: Run, busy: str):
+    "The run's lock, to be used in `with`; where another process has it, raise `BadInput`, or wait for it."
+    lock = filelock.FileLock(run.path / ".lock")
+    try: return lock.acquire(timeout=0)
+    except filelock.Timeout: who = run.status()
+    if busy == "refuse":
+        raise BadInput(f"{run.path} is being written by another process; pause or stop that one first.")
+    told = f"process {who['pid']} on {who['host']}" if who else "another process"
+    print(f"{run.path} is being trained by {told}; waiting for it.", file=sys.stderr, flush=True)
+    return lock.acquire()
+
+# %% ../../nbs/engine/train.ipynb #cell-56
+def _train_alone(trainer: Trainer, busy: str = "refuse") -> None:
     "Train while holding the run's lock, with random state of its own; whatever happens, the status tells it."
     path, device = trainer.run.path, trainer.lab.device
-    try: lock = filelock.FileLock(path / ".lock").acquire(timeout=0)
-    except filelock.Timeout:
-        raise BadInput(f"{path} is being written by another process; pause or stop that one first.") from None
-    with lock, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    alone = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with _held(trainer.run, busy), alone:
+        if trainer.run.finished: return  # by the process that this one has waited for
         torch.manual_seed(seed_for(trainer.lab.seed, "global"))
         (path / "control.json").unlink(missing_ok=True)
         try: trainer.fit()
@@ -360,7 +371,7 @@ def _train_alone(trainer: Trainer) -> None:
             trainer.say(state, f"{type(e).__name__}: {e}")
             raise
 
-# %% ../../nbs/engine/train.ipynb #cell-56
+# %% ../../nbs/engine/train.ipynb #cell-58
 def train(
     method: Method,  # what to train
     task,  # on what
@@ -375,12 +386,15 @@ def train(
     progress: str = "auto",  # or `off`
     cache_dir: Path | str | None = None,  # of pre-trained features; `runs_dir`/cache by default
     poll: Callable | None = None,  # of an outer run
+    busy: str = "refuse",  # or `wait`, where another process is training this very run
 ) -> Run:
     """Train `method` on `task`, or continue where an interrupted run stopped.
 
     Returns the run, finished unless somebody stopped it. Raises `BadInput` before any work where the task
-    lacks what the method needs, a value is not accepted, or `run_dir` belongs to another configuration."""
+    lacks what the method needs, a value is not accepted, `run_dir` belongs to another configuration, or the
+    run is being trained elsewhere."""
     method.check(task)
+    one_of("busy", busy, ("refuse", "wait"))
     cache = Path(cache_dir or Path(runs_dir) / "cache")
     lab = Lab(task, seed=seed, device=device, precision=precision, compile=compile, cache_dir=cache)
     how = {"preset": preset, "seed": seed, "precision": str(lab.precision).removeprefix("torch.")}
@@ -389,5 +403,5 @@ def train(
     stages = {"stages": [s.name for s in method.stages()], "epochs": [s.epochs for s in method.stages()]}
     about = {"environment": environment(lab.device), **stages}
     run = open_run(Path(run_dir) if run_dir else Path(runs_dir) / run_name(identity), identity, about)
-    if not run.finished: _train_alone(Trainer(method, task, run, lab, progress, poll))
+    if not run.finished: _train_alone(Trainer(method, task, run, lab, progress, poll), busy)
     return run

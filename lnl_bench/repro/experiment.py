@@ -193,7 +193,8 @@ class Experiment:
         network = [f"{m}." for m in getattr(REGISTRY[method], "parts", ())][-1:] or [""]
         if p.epochs and method not in ("dmlp", "linear-probe"): changes[f"{network[0]}epochs"] = p.epochs
         m = configured(method, self.task, p.preset, changes)
-        self.runs[label] = train(m, self.task, runs_dir=p.runs_dir, preset=p.preset, seed=p.seed)
+        where = dict(runs_dir=p.runs_dir, preset=p.preset, seed=p.seed)
+        self.runs[label] = train(m, self.task, **where, busy="wait")  # of two pages at once, one trains
         return self.runs[label]
 
     def finished(self) -> dict[str, Run]:
