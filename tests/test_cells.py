@@ -253,12 +253,18 @@ def test_convention_of_each_papers_noise():
         assert found == {ours}, (paper, method, kind)
 
 
-def test_verdict_compares_an_interval_with_a_tolerance():
-    assert page.judged([90.0, 90.2, 90.4], 90.2) == "reproduced"
-    assert page.judged([90.0, 90.2, 90.4], 91.3) == "not comparable"  # the interval ends half inside
-    assert page.judged([90.0, 90.2, 90.4], 93.0) == "not reproduced"
-    assert page.judged([90.0, 90.2, 90.4], 93.0, 4.0) == "reproduced"
-    assert page.judged([90.2], 90.2) == "not comparable"
+@pytest.mark.parametrize("lasts, said", [
+    ([0.928, 0.93, 0.932], "reproduced"), ([0.80, 0.801, 0.802], "not reproduced"),
+    ([0.90, 0.93, 0.96], "undecided"), ([0.93], "one seed")])
+def test_comparable_runs_are_judged_by_their_interval(lasts, said):
+    entry = next(c for c in TRAININGS.values() if c["method"] == "dmlp-naive" and c["statistic"] == "last")
+    a, n = entry["ours"] | {}, 10
+    entry = entry | {"value": 93.0, "std": None}
+    row = {"method": a["method"], "noise_type": "symmetric", "noise": entry["noise_rate"], "variant": "",
+           "dataset": a["data"], "preset": "paper", "trusted": a["trusted"] * n}
+    rows = [row | {"configuration": str(k), "last": last} for k, last in enumerate(lasts)]
+    settings = {str(k): page.configuration(entry).describe() for k in range(len(lasts))}
+    assert page.standing(entry, page.measured_rows(pd.DataFrame(rows)), settings)["verdict"] == said
 
 
 def test_stored_digits_runs_are_named_and_never_comparable(repo):

@@ -154,11 +154,13 @@ def test_meta_gradients_cost_what_the_pages_say(net, repo):
     by_name = {row["name"].partition(": ")[2]: row for row in rows}
     held = {name: row["held_bytes"] / by_name["reverse"]["held_bytes"] for name, row in by_name.items()}
     assert by_name["forward"]["of_reverse"] <= 0.75 and by_name["forward"]["ratio"] <= 4.0
-    assert by_name["difference"]["of_reverse"] <= 0.6 and by_name["difference"]["ratio"] <= 3.3
+    assert by_name["difference"]["of_reverse"] <= 0.6 and by_name["difference"]["ratio"] <= 3.2
     assert held["forward"] <= 0.9 and held["forward, graph rebuilt"] <= 0.65
     assert by_name["forward, graph rebuilt"]["of_reverse"] <= 0.85
-    for strategy in ("gates", "last 4 layers"): assert by_name[f"FaMUS, {strategy}"]["of_reverse"] <= 0.6
-    assert by_name["forward"]["distance"] < 1e-5 and by_name["difference"]["cosine"] > 0.999
+    for strategy, most in (("gates", 0.62), ("last 4 layers", 0.6)):
+        assert by_name[f"FaMUS, {strategy}"]["of_reverse"] <= most
+    assert by_name["forward"]["distance"] < 1e-5
+    assert by_name["difference"]["distance"] < 0.02 and by_name["difference"]["cosine"] > 0.999
 
 
 def last_of(rows, method, part):

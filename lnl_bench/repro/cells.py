@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CERTAINTIES', 'WHOSE', 'PLACE', 'SOURCES', 'LACKING', 'VERDICTS', 'USUAL', 'cell_rules', 'rule_of', 'why_not',
-           'trusted_per_class', 'settings_text', 'asked', 'command_of', 'judged', 'variant_fits', 'measured_rows',
-           'noise_key', 'configuration', 'recorded_settings', 'same_run', 'tail_of', 'standing', 'registry',
-           'table_summary', 'reach', 'sum_text', 'unreached', 'certainty', 'contradictions']
+           'trusted_per_class', 'settings_text', 'asked', 'command_of', 'variant_fits', 'measured_rows', 'noise_key',
+           'configuration', 'recorded_settings', 'same_run', 'tail_of', 'standing', 'registry', 'table_summary',
+           'reach', 'sum_text', 'unreached', 'certainty', 'contradictions']
 
 # %% ../../nbs/repro/cells.ipynb #cell-2
 import functools
@@ -21,10 +21,11 @@ import pandas as pd
 from ..data.checks import BadInput, fingerprint, one_of
 from ..data.noise import parse_spec
 from ..engine.contract import Method, parse_settings
-from ..engine.metrics import mean_sd
 from ..methods.catalogue import configured
 from .papers import KEY, PAPERS, paper_index, paper_table
 from .results import finished_runs
+from .statistics import VERDICTS as JUDGEMENTS
+from .statistics import summary, verdict
 
 # %% ../../nbs/repro/cells.ipynb #cell-5
 CERTAINTIES = ("paper", "released code", "inferred", "unknown")  # from most to least
@@ -153,24 +154,9 @@ def _registry() -> tuple[dict, ...]:
     return tuple(out)
 
 # %% ../../nbs/repro/cells.ipynb #cell-23
-VERDICTS = ("reproduced", "not reproduced", "not comparable", "not measured")
+VERDICTS = (*JUDGEMENTS, "not comparable")
 
-
-def judged(
-    ours: list[float],  # one a seed, in percent
-    printed: float,  # in percent
-    spread: float | None = None,  # the paper's own, over its runs
-) -> str:
-    """One of `VERDICTS`: whether the 95 % t interval of our mean lies within the printed number's tolerance.
-
-    That is the paper's spread, but at least one point. An interval that lies half inside says nothing yet."""
-    if len(ours) < 2: return "not comparable"
-    m, tolerance = mean_sd(ours), max(spread or 0.0, 1.0)
-    low, high = m["low"] - printed, m["high"] - printed
-    if -tolerance <= low and high <= tolerance: return "reproduced"
-    return "not reproduced" if low > tolerance or high < -tolerance else "not comparable"
-
-# %% ../../nbs/repro/cells.ipynb #cell-25
+# %% ../../nbs/repro/cells.ipynb #cell-24
 USUAL = {"correction": "ipc+eac", "order": "first", "strategy": "gates", "coupling": "coupled"}
 
 
@@ -183,7 +169,7 @@ def variant_fits(
     named = {name.rpartition(".")[2]: value for name, value in settings.items()}
     return all(told[k] == named.get(k, USUAL.get(k, told[k])) for k in told)
 
-# %% ../../nbs/repro/cells.ipynb #cell-27
+# %% ../../nbs/repro/cells.ipynb #cell-26
 def measured_rows(
     results: pd.DataFrame | None,  # rows of `result_row`
 ) -> dict[tuple, list[dict]]:
@@ -194,7 +180,7 @@ def measured_rows(
         found.setdefault((r["method"], r["noise_type"], rate), []).append(r)
     return found
 
-# %% ../../nbs/repro/cells.ipynb #cell-28
+# %% ../../nbs/repro/cells.ipynb #cell-27
 def noise_key(
     spec: str,  # such as "symmetric:0.4" or "semantic:0.05:vgg13"
 ) -> tuple[str, float | None]:
@@ -203,7 +189,7 @@ def noise_key(
     if kind == "none": return kind, 0.0
     return (spec, None) if kind == "semantic" else (kind, value)
 
-# %% ../../nbs/repro/cells.ipynb #cell-30
+# %% ../../nbs/repro/cells.ipynb #cell-29
 def configuration(
     entry: dict,  # with a training command
 ) -> Method:
@@ -213,7 +199,7 @@ def configuration(
     task = SimpleNamespace(name=a["data"], noise={"kind": kind, "nominal": rate})
     return configured(a["method"], task, "paper", parse_settings(a["method"], a["settings"]))
 
-# %% ../../nbs/repro/cells.ipynb #cell-32
+# %% ../../nbs/repro/cells.ipynb #cell-31
 def recorded_settings(
     records: Path | str,  # folder of runs or their records, such as reports/runs
 ) -> dict[str, dict]:
@@ -221,7 +207,7 @@ def recorded_settings(
     abouts = [run.about for run in finished_runs(records)]
     return {fingerprint({k: a[k] for k in a["identity"]}): a["config"] for a in abouts}
 
-# %% ../../nbs/repro/cells.ipynb #cell-33
+# %% ../../nbs/repro/cells.ipynb #cell-32
 def same_run(
     entry: dict,  # with a training command
     row: dict,  # of `result_row`, alike in method and noise
@@ -233,14 +219,14 @@ def same_run(
     if place != (a["data"], "paper", a["trusted"] * classes) or settings is None: return False
     return settings == configuration(entry).describe()
 
-# %% ../../nbs/repro/cells.ipynb #cell-35
+# %% ../../nbs/repro/cells.ipynb #cell-34
 def tail_of(
     dataset: str,  # such as "cifar10[long-tail:50]"
 ) -> str:
     "The part of a dataset's name that says how its classes were thinned out."
     return "".join(dataset.partition("[long-tail:")[1:])
 
-# %% ../../nbs/repro/cells.ipynb #cell-37
+# %% ../../nbs/repro/cells.ipynb #cell-36
 def standing(
     entry: dict,  # of the registry
     known: dict[tuple, list[dict]],  # of `measured_rows`
@@ -254,11 +240,11 @@ def standing(
     same = [r for r in rows if same_run(entry, r, settings.get(r["configuration"]))]
     if not rows: return nothing | {"verdict": "not measured"}
     shown = same[0] if same else min(rows, key=lambda r: (r["dataset"] != "digits", r["preset"]))
-    scores = [100 * r[entry["statistic"]] for r in same]
-    verdict = judged(scores, entry["value"], entry["std"]) if same else "not comparable"
-    return {"preset_measured": shown["preset"], "measured_on": shown["dataset"], "verdict": verdict}
+    found = summary([r[entry["statistic"]] for r in same])
+    said = verdict(found, entry["value"], entry["std"])["verdict"] if same else "not comparable"
+    return {"preset_measured": shown["preset"], "measured_on": shown["dataset"], "verdict": said}
 
-# %% ../../nbs/repro/cells.ipynb #cell-40
+# %% ../../nbs/repro/cells.ipynb #cell-39
 def registry(
     paper: str | None = None,  # one of `PAPERS`; all if left out
     results: Path | str | None = None,  # such as reports/results.csv, with the folder runs beside it
@@ -274,7 +260,7 @@ def registry(
     chosen = (entry for entry in _registry() if paper in (None, entry["paper"]))
     return [entry | standing(entry, known, settings) for entry in chosen]
 
-# %% ../../nbs/repro/cells.ipynb #cell-43
+# %% ../../nbs/repro/cells.ipynb #cell-42
 def table_summary(
     cells: list[dict],  # of `registry`
 ) -> pd.DataFrame:
@@ -293,7 +279,7 @@ def table_summary(
                          "the authors'": groups["authors"].sum(), "of those with a command": both,
                          "measured alike": presets, **verdicts}).reset_index()
 
-# %% ../../nbs/repro/cells.ipynb #cell-46
+# %% ../../nbs/repro/cells.ipynb #cell-45
 def reach(
     cells: list[dict],  # of `registry`
 ) -> pd.DataFrame:
@@ -309,7 +295,7 @@ def reach(
             rows[paper][f"{kind}, %"] = share
     return pd.DataFrame(rows).T.rename_axis("paper")
 
-# %% ../../nbs/repro/cells.ipynb #cell-48
+# %% ../../nbs/repro/cells.ipynb #cell-47
 def sum_text(
     cells: list[dict],  # of `registry`
 ) -> str:
@@ -322,7 +308,7 @@ def sum_text(
             f"{known}.\n{total['reproduced']} reproduced, {total['not reproduced']} not reproduced. Runs by "
             "another schedule or on other images,\nas under `measured alike`, are not comparable.")
 
-# %% ../../nbs/repro/cells.ipynb #cell-51
+# %% ../../nbs/repro/cells.ipynb #cell-50
 def unreached(
     cells: list[dict],  # of `registry`
 ) -> pd.DataFrame:
@@ -339,7 +325,7 @@ def _places(rows: pd.DataFrame) -> str:
     "The tables of some rows, as text."
     return ", ".join(dict.fromkeys(rows["paper"] + " " + rows["table"]))
 
-# %% ../../nbs/repro/cells.ipynb #cell-54
+# %% ../../nbs/repro/cells.ipynb #cell-53
 def certainty(
     entry: dict,  # of the registry
 ) -> str:
@@ -347,7 +333,7 @@ def certainty(
     said = (entry["certainty"], entry["noise_certainty"], entry["statistic_certainty"])
     return max(said, key=CERTAINTIES.index)
 
-# %% ../../nbs/repro/cells.ipynb #cell-57
+# %% ../../nbs/repro/cells.ipynb #cell-56
 def contradictions(
     cells: list[dict],  # of `registry`
 ) -> pd.DataFrame:
