@@ -1,6 +1,7 @@
 """Sweeps: a real grid through papermill, killed, interrupted, twice at once, on a full disk; refusals."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -16,12 +17,15 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from lnl_bench.cli import app
+from lnl_bench.cli import app, find_notebook
 from lnl_bench.data.checks import BadInput
 from lnl_bench.engine.runs import Run, alive
 from lnl_bench.repro import sweep as page_of_sweeps
+from lnl_bench.repro.experiment import Parameters, SeedsParameters, read_parameters
 from lnl_bench.repro.job import is_done, owner_of
 from lnl_bench.repro.sweep import ROOM, Tally, check_store, plan, reproducible
+
+pytestmark = pytest.mark.xdist_group("sweep")  # one worker makes what they are compared with, once
 
 # One cheap training. Every execution that comes to the end leaves a line in the folder above the store.
 TRAIN = """
@@ -171,6 +175,18 @@ def test_another_page_parameter_or_code_is_another_job(tiny, whole, monkeypatch,
     assert not any(map(is_done, jobs()))
 
 
+@pytest.mark.parametrize("name", ["dmlp", "cpc_t3"])
+def test_the_parameters_of_a_page_are_those_of_its_own_cell(name):
+    "So `lnl repro` and a sweep look for a page's results where the page puts them."
+    notebook = find_notebook(name)
+    (cell,) = [c for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    namespace: dict = {}
+    exec(cell.source, namespace)
+    told = {k: v for k, v in namespace.items() if not k.startswith("_")} | {"noise": 0.8}
+    page = read_parameters(told, name, SeedsParameters if "seeds" in told else Parameters)
+    assert dataclasses.asdict(page_of_sweeps.resolved(notebook, {"noise": 0.8})) == dataclasses.asdict(page)
+
+
 # --- failures ---
 
 
@@ -205,6 +221,7 @@ def kill_all(process):
     wait_for(lambda: not any(alive(one.pid) for one in everyone))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_at_any_moment_then_two_sweeps_at_once_end_as_if_nothing_had_been(tiny, whole, tmp_path):
     seed = random.SystemRandom().randrange(2**32)
