@@ -9,6 +9,7 @@ import pytest
 
 from lnl_bench.engine.runs import Run
 from lnl_bench.repro.results import KEY, fill_blocks, result_row, stored
+from lnl_bench.repro.statistics import BY
 
 PAGES = ("README.md", "reports/README.md", "reports/meta-learning.md")
 
@@ -39,6 +40,20 @@ def test_every_row_has_its_record(repo, results):
             if value in (None, ""): assert pd.isna(row[name]), name
             elif isinstance(value, (int, float)): assert abs(row[name] - value) < 1e-9, name
             else: assert str(row[name]) == str(value), name
+
+
+def test_runs_that_are_averaged_have_the_same_settings(repo):
+    "A table's row is over seeds alone: what else was changed would need a row of its own."
+    groups = {}
+    for kept in (repo / "reports" / "runs").glob("*/result.json"):
+        run = Run(kept.parent)
+        row = result_row(run)
+        groups.setdefault(tuple(str(row[k]) for k in BY), []).append(run)
+    assert len(groups) > 200
+    for name, runs in groups.items():
+        assert all(run.about["config"] == runs[0].about["config"] for run in runs), name
+        seeds = [run.about["seed"] for run in runs]
+        assert len(set(seeds)) == len(seeds), name
 
 
 def test_provenance_is_whole(results):
