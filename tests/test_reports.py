@@ -188,6 +188,7 @@ def last_of(rows, method, part):
 
 VARIANTS = [
     ("mw-net", "variant=paper", "93.8 ± 0.7"), ("mw-net", "variant=normalised", "97.8 ± 0.4"),
+    ("l2r", "variant=released", "98.0 ± 0.7"), ("ieg", "variant=released", "98.5 ± 0.8"),
     ("mlc", "variant=paper", "74.7 ± 4.3"), ("mslc", "variant=released", "97.9 ± 0.6"),
     ("mlc", "variant=released; coupling", "96.5 ± 1.1"),
     ("mslc", "variant=paper; coupling", "97.0 ± 0.6"),
@@ -204,6 +205,40 @@ VARIANTS = [
 def test_variants_end_where_the_page_says(method, part, printed, results, repo):
     text = (repo / "reports" / "meta-learning.md").read_text().partition("### Variants")[2]
     assert last_of(results, method, part) == printed and printed in text
+
+
+def ends_of(repo, method, noise, *names):
+    "By name of a metric, its last values in the stored runs of seeds 0 to 2 on digits, with two digits."
+    runs = stored(repo / "reports" / "runs", "digits", noise, method)
+    runs = [run for run in runs if method != "mw-net" or run.about["config"]["variant"] == "normalised"]
+    assert [run.about["seed"] for run in runs] == [0, 1, 2]
+    return [[round(run.series(name)[-1], 2) for run in runs] for name in names]
+
+
+def test_what_the_page_says_of_weights_and_labels(repo):
+    names = ("weight_of_clean", "weight_of_mislabelled")
+    clean, wrong = ends_of(repo, "mw-net", "asymmetric:0.4", *names)
+    assert (min(clean), max(clean), min(wrong), max(wrong)) == (0.88, 0.91, 1.37, 1.46)
+    clean, wrong = ends_of(repo, "famus-mw-net", "asymmetric:0.4", *names)
+    assert (min(clean), max(clean), min(wrong), max(wrong)) == (0.95, 0.97, 1.13, 1.21)
+    (areas,) = ends_of(repo, "mw-net", "asymmetric:0.4", "noise_auc")
+    assert (min(areas), max(areas)) == (0.08, 0.12)
+    (right,) = ends_of(repo, "mslc", "symmetric:0.8", "label_accuracy")
+    assert right == [0.29, 0.65, 0.57]
+    runs = stored(repo / "reports" / "runs", "digits", "symmetric:0.8", "mslc")
+    assert sorted(round(run.series("test_accuracy")[15], 2) for run in runs) == [0.51, 0.62, 0.65]
+    runs = stored(repo / "reports" / "runs", "digits", "asymmetric:0.4", "mlnt")
+    third = [run.series("test_accuracy")[-15:] for run in runs]
+    assert {round(max(a), 2) for a in third} <= {0.93, 0.94, 0.95}
+    assert sorted(round(a[-1], 2) for a in third) == [0.78, 0.83, 0.84]
+
+
+def test_orders_take_the_passes_that_the_page_says(results):
+    rows = results.query("method == 'mlnt' and dataset == 'digits' and noise == 0.4")
+    rows = rows[rows["noise_type"] == "symmetric"]
+    passes = (rows["sample_forwards"] + 2 * rows["sample_backwards"]).groupby(rows["variant"]).mean()
+    first, second = (passes[passes.index.str.contains(f"order={o}")].item() for o in ("first", "second"))
+    assert round(first / second, 2) == 0.77
 
 
 def test_equal_time_is_from_stored_runs(repo):

@@ -305,7 +305,7 @@ def difference(first, loss, wrt, trusted, step, check: bool = False) -> MetaGrad
     "By a difference of two forward passes; `check` spends one more to estimate the relative error."
     return one_direction(first, loss, wrt, trusted, step, partial(difference_tangent, check=check))
 
-# %% ../../nbs/engine/metagrad.ipynb #cell-53
+# %% ../../nbs/engine/metagrad.ipynb #cell-55
 def sampled(first, loss, wrt, trusted, step, choose: Callable, note: Callable | None = None,
             also: Sequence[str] = ()) -> MetaGradient:
     """By forward mode in the parameters that `choose(gradients)` names.
@@ -313,7 +313,7 @@ def sampled(first, loss, wrt, trusted, step, choose: Callable, note: Callable | 
     `note(v, step)` is told the trusted gradient of these, and of those in `also`, which do not count."""
     return one_direction(first, loss, wrt, trusted, step, forward_tangent, choose, note, also)
 
-# %% ../../nbs/engine/metagrad.ipynb #cell-58
+# %% ../../nbs/engine/metagrad.ipynb #cell-60
 ENGINES = {"forward": forward, "reverse": reverse, "difference": difference}
 CALLS = ENGINES | {"sampled": sampled}  # needs options that a setting cannot give
 
